@@ -1,0 +1,1 @@
+"""From a domain to batches of tensors: order, augmentation, loader."""

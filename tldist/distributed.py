@@ -1,0 +1,186 @@
+"""The one room that knows Accelerate's start, ranks, reductions and the end."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.state import AcceleratorState
+
+from tldist.errors import MachineError, TldistError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+T = TypeVar("T")
+
+_TIMEOUT_SECONDS = 600
+_MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes of this job, as one of them sees it.
+
+    Attributes:
+        rank: this process, 0 .. size - 1.
+        size: number of processes.
+        local_size: processes on this host.
+        device: where this process computes.
+    """
+
+    rank: int
+    size: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks and writes."""
+        return self.rank == 0
+
+    def accelerator(self, precision: Precision, **options: Any) -> Accelerator:
+        """Accelerate for one stage. A second stage in the same process may ask for another precision."""
+        check_precision(precision, self.device)
+        AcceleratorState._reset_state(reset_partial_state=False)
+        ddp = DistributedDataParallelKwargs(**options)
+        return Accelerator(
+            cpu=self.device.type == "cpu", mixed_precision=_MIXED[precision], kwargs_handlers=[ddp]
+        )
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank. For small Python data (it is serialised)."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Let the main process do something and give its result to all; its error is raised on all."""
+        if self.size == 1:
+            return work()
+        box: list[Any] = [None, None]
+        error: BaseException | None = None
+        if self.is_main:
+            try:
+                box[0] = work()
+            except Exception as problem:
+                error = problem
+                box[1] = (
+                    (type(problem).__name__, str(problem), getattr(problem, "exit_code", None))
+                )
+        dist.broadcast_object_list(box, src=0)
+        if error is not None:
+            raise error
+        if box[1] is not None:
+            name, message, code = box[1]
+            raise StoppedByMain(f"{name}: {message}", code)
+        result: T = box[0]
+        return result
+
+    def same_everywhere(self, what: str, value: str) -> None:
+        """Refuse to go on where a value differs between processes (recipe, data, model).
+
+        Raises:
+            MachineError: names the ranks that differ.
+        """
+        values = self.gather((value, platform.node()))
+        odd = [f"rank {rank} on {host}" for rank, (other, host) in enumerate(values) if other != values[0][0]]
+        if odd:
+            raise MachineError(f"{what} differs between processes: {', '.join(odd)} against rank 0.")
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+class StoppedByMain(TldistError):
+    """The main process failed; it has said why, the others only stop."""
+
+    def __init__(self, message: str, exit_code: int | None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code or 1
+
+
+def start() -> Team:
+    """Join the job that the launcher started, or be alone.
+
+    Raises:
+        MachineError: the launcher started fewer processes than it was asked for, or promises what it
+            cannot give here (FSDP without a device that has it).
+    """
+    _check_launcher()
+    has_gpu = torch.cuda.is_available()
+    if not PartialState._shared_state:
+        timeout = datetime.timedelta(seconds=int(os.environ.get("TLDIST_TIMEOUT_SECONDS", _TIMEOUT_SECONDS)))
+        PartialState(cpu=not has_gpu, timeout=timeout)
+    state = PartialState()
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != expected:
+        raise MachineError(
+            f"the launcher promised {expected} processes, but Accelerate formed a job of "
+            f"{state.num_processes}. Start it with: {_right_command(expected)}"
+        )
+    return Team(
+        rank=state.process_index,
+        size=state.num_processes,
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)),
+        device=state.device,
+    )
+
+
+def end() -> None:
+    """Leave the job; safe to call alone and twice."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what would be pretended: Accelerate trains fp16 on a CPU silently in fp32."""
+    if precision == "fp16" and device.type == "cpu":
+        raise MachineError(
+            "precision=fp16 needs a GPU: on a CPU Accelerate would silently train in fp32. "
+            "Use precision=bf16, fp32 or auto."
+        )
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise MachineError("precision=bf16 is not supported by this GPU. Use precision=fp16 or fp32.")
+
+
+def launcher_precision() -> Precision | None:
+    """The mixed precision that the launcher's configuration asks for, if it asks."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return asked if asked in ("bf16", "fp16") else None  # type: ignore[return-value]
+
+
+def _check_launcher() -> None:
+    environment = os.environ
+    launched = "ACCELERATE_MIXED_PRECISION" in environment
+    if launched and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        # accelerate's simple launcher, which a CPU configuration selects, sets the address of a job of
+        # several processes and then starts one.
+        raise MachineError(
+            "accelerate launch was asked for several processes and started one (it does so for --cpu and "
+            f"for distributed_type MULTI_CPU). Start it with: {_right_command(2)}"
+        )
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not torch.cuda.is_available():
+        raise MachineError(
+            "FSDP needs a GPU: on a CPU Accelerate would silently run plain DDP. "
+            f"Start it with: {_right_command(int(environment.get('WORLD_SIZE', '2')))}"
+        )
+
+
+def _right_command(processes: int) -> str:
+    return f"accelerate launch --multi_gpu --num_processes {processes} -m tldist ..."

@@ -1,0 +1,52 @@
+"""A domain as an index of samples, whatever it is stored in."""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import replace
+from pathlib import Path
+
+from tldist.domain.folder import open_folder
+from tldist.domain.index import Domain, natural_key, sort_names
+from tldist.domain.parquet import open_parquet
+from tldist.domain.recipe import DataRecipe
+from tldist.errors import DomainError
+
+__all__ = ["DataRecipe", "Domain", "natural_key", "open_domain", "sort_names"]
+
+
+def open_domain(data: DataRecipe | str | Path) -> Domain:
+    """Open a domain: a folder of images, or a Parquet file, glob or folder.
+
+    Args:
+        data: the settings, or just the path.
+
+    Returns:
+        The index of its samples, narrowed to ``split`` and ``limit``.
+
+    Raises:
+        DomainError: it is not there, empty, or inconsistent.
+    """
+    recipe = data if isinstance(data, DataRecipe) else DataRecipe.make(path=str(data))
+    domain = replace(_open(recipe), max_bad=recipe.max_bad)
+    if recipe.split is not None:
+        domain = domain.split(recipe.split)
+    return domain.limited(recipe.limit)
+
+
+def _open(recipe: DataRecipe) -> Domain:
+    if "://" in recipe.path:
+        raise DomainError(f"{recipe.path}: remote data sets are not supported yet; copy it to a disk first.")
+    path = Path(recipe.path)
+    if path.is_dir():
+        files = sorted(path.glob("*.parquet"), key=lambda file: natural_key(file.name))
+        return open_parquet(files, recipe) if files else open_folder(path)
+    matches = [path] if path.is_file() else [Path(name) for name in glob.glob(recipe.path, recursive=True)]
+    files = sorted(
+        (match for match in matches if match.suffix == ".parquet"), key=lambda file: natural_key(str(file))
+    )
+    if files:
+        return open_parquet(files, recipe)
+    if path.exists():
+        raise DomainError(f"{path}: expected a folder of images or a .parquet file.")
+    raise DomainError(f"{path}: no such folder or file. data= takes a folder of images, or Parquet files.")

@@ -1,0 +1,1 @@
+"""Stage: fit a pre-trained model to a target domain."""

@@ -1,0 +1,1 @@
+"""What runs in production: decode, preprocess, ONNX session, predict. NumPy, Pillow, ONNX Runtime."""

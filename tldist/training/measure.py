@@ -1,0 +1,143 @@
+"""How good a model is on a labelled domain, by class names, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from tldist.data.loader import load_batches
+from tldist.data.order import blocks_of
+from tldist.distributed import Team
+from tldist.domain import Domain
+from tldist.errors import DomainError
+from tldist.progress import progress_bar
+from tldist.runtime.preprocess import Preprocessing
+from tldist.training.ledger import Ledger
+
+Predict = Callable[[Tensor], Tensor]
+"""uint8 images (N, H, W, 3) to logits (N, K)."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Quality on one domain. Independent of the number of processes and of the batch size.
+
+    Attributes:
+        accuracy: share of right answers.
+        loss: mean cross-entropy in nats.
+        count: images measured (the broken ones left out).
+        broken: images that could not be decoded.
+        classes: names, in the model's order.
+        confusion: int64 (K, K): rows are true classes, columns predicted ones.
+    """
+
+    accuracy: float
+    loss: float
+    count: int
+    broken: int
+    classes: tuple[str, ...]
+    confusion: np.ndarray
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data, with the accuracy of each class that occurs."""
+        totals = self.confusion.sum(1)
+        per_class = {
+            name: float(self.confusion[row, row] / totals[row])
+            for row, name in enumerate(self.classes)
+            if totals[row]
+        }
+        return {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "count": self.count,
+            "broken": self.broken,
+            "per_class": per_class,
+            "classes": list(self.classes),
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def measure(
+    predict: Predict,
+    domain: Domain,
+    classes: Sequence[str],
+    how: Preprocessing,
+    team: Team,
+    *,
+    batch_size: int = 64,
+    workers: int = 0,
+    ledger_file: Path | None = None,
+    label: str = "evaluate",
+) -> Measurement:
+    """Measure a classifier on a labelled domain; called by all processes together.
+
+    Args:
+        predict: images to logits.
+        domain: with labels; its class order does not matter.
+        classes: names of the logits.
+        how: the model's preprocessing.
+        team: the processes.
+        batch_size: images that one process handles at once.
+        workers: decoding processes.
+        ledger_file: where broken images are listed.
+        label: of the progress bar.
+
+    Raises:
+        DomainError: no labels, classes that the model does not know, or too many broken images.
+    """
+    if not domain.has_labels:
+        raise DomainError(f"{domain.name}: has no labels to measure against.")
+    ledger = Ledger(domain, ledger_file)
+    rows: list[np.ndarray] = []
+    plans = blocks_of(len(domain), batch_size, team.rank, team.size)
+    with progress_bar(len(domain), "img", label) as bar:
+        for batch in load_batches(domain, plans, how, classes=classes, workers=workers):
+            ledger.add(batch.broken)
+            logits = predict(batch.images.to(team.device)).double().cpu()
+            losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+            found = torch.stack([batch.indices.double(), batch.labels.double(), logits.argmax(1).double(), losses], 1)
+            rows.append(found[batch.valid].numpy())
+            bar.update(len(batch.indices) * team.size)
+    broken = ledger.settle(team)
+    mine = np.concatenate(rows) if rows else np.zeros((0, 4))
+    table = np.concatenate(team.gather(mine))
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    truth, answer = torch.from_numpy(table[:, 1]).long(), torch.from_numpy(table[:, 2]).long()
+    count = len(table)
+    if not count:
+        raise DomainError(f"{domain.name}: no image could be decoded.")
+    confusion = multiclass_confusion_matrix(answer, truth, num_classes=len(classes)).numpy()
+    return Measurement(
+        accuracy=float((truth == answer).double().mean()),
+        loss=float(table[:, 3].mean()),
+        count=count,
+        broken=broken,
+        classes=tuple(classes),
+        confusion=confusion,
+    )
+
+
+def predictor(
+    model: nn.Module, how: Preprocessing, *, precision: str = "fp32", channels_last: bool = False
+) -> Predict:
+    """A model in evaluation mode as a function from uint8 images to logits, without gradients."""
+    from tldist.models.load import input_tensor
+
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+
+    @torch.no_grad()
+    def predict(images: Tensor) -> Tensor:
+        model.eval()
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        with torch.autocast(images.device.type, dtype=dtype, enabled=precision != "fp32"):
+            logits: Tensor = model(input_tensor(images, how, memory))
+        return logits.float()
+
+    return predict
