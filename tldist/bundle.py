@@ -88,7 +88,8 @@ def find_bundle(path: str | os.PathLike[str]) -> Path:
     if not folder.exists():
         raise BundleError(f"{folder}: no such folder (expected a bundle: {CONFIG} and {WEIGHTS}).")
     raise BundleError(
-        f"{folder}: not a bundle: it has no {CONFIG}. A bundle is what `tldist finetune` writes to RUN/bundle."
+        f"{folder}: not a bundle: it has no {CONFIG}. "
+        f"A bundle is what `tldist finetune` writes to RUN/bundle."
     )
 
 
@@ -194,7 +195,7 @@ def _model_card(config: BundleConfig) -> str:
         f"- input: RGB {shape.height}x{shape.width}, mean {list(shape.mean)}, std {list(shape.std)}\n"
         f"- data: {data}\n\n"
         f"## Measured\n{metrics}\n\n"
-        "## Load\n```python\nimport tldist\nmodel, config = tldist.load_bundle(\"PATH\")\n```\n"
+        '## Load\n```python\nimport tldist\nmodel, config = tldist.load_bundle("PATH")\n```\n'
         "A plain classifier's tensors carry the architecture's own names, so "
-        "`safetensors.torch.load_file(\"model.safetensors\")` fits the architecture without tldist.\n"
+        '`safetensors.torch.load_file("model.safetensors")` fits the architecture without tldist.\n'
     )

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from tldist import __version__
 
+if TYPE_CHECKING:
+    from tldist.recipe import Recipe
+    from tldist.runs import Outcome
+    from tldist.stages import Stage
+
 INTERRUPTED = 130
+_LOST_CONTACT = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "timed out waiting",
+    "nccl communicator was aborted",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         _print_error("interrupted; run the same command again to go on")
         return INTERRUPTED
+    except RuntimeError as error:
+        if options.debug or not any(sign in str(error).lower() for sign in _LOST_CONTACT):
+            raise
+        _print_error(
+            "error: lost contact with another process; its own message says why (--debug shows where)"
+        )
+        return 1
+    finally:
+        distributed = sys.modules.get("tldist.distributed")
+        if distributed is not None:
+            distributed.end()
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -43,7 +68,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tldist.stages import STAGES, find_stage, load_recipe_class, load_work
+    from tldist.stages import STAGES, find_stage, load_recipe_class
 
     if options.command is None:
         print(_overview(STAGES))
@@ -65,14 +90,15 @@ def _run(options: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         return 0
-    outcome = _import_work(stage, load_work)(recipe)
+    outcome = _import_work(stage)(recipe)
     _print_outcome(outcome, options.json)
     return 0 if outcome.passed else 1
 
 
-def _import_work(stage, load_work):  # type: ignore[no-untyped-def]
+def _import_work(stage: Stage) -> Callable[[Recipe], Outcome]:
     """Import the stage; a library that is missing names the extra that brings it."""
     from tldist.errors import MissingExtra
+    from tldist.stages import load_work
 
     try:
         return load_work(stage)
@@ -82,7 +108,7 @@ def _import_work(stage, load_work):  # type: ignore[no-untyped-def]
         raise MissingExtra(str(error.name), stage.extra) from error
 
 
-def _print_outcome(outcome, as_json: bool) -> None:  # type: ignore[no-untyped-def]
+def _print_outcome(outcome: Outcome, as_json: bool) -> None:
     from tldist.progress import say
 
     if outcome.text:
@@ -97,11 +123,10 @@ def _print_outcome(outcome, as_json: bool) -> None:  # type: ignore[no-untyped-d
 
 def _print_error(text: str) -> None:
     """In a job of several processes a line says whose it is."""
-    import os
-    import platform
-
     rank = os.environ.get("RANK")
-    where = f"[rank {rank} on {platform.node()}] " if rank and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    where = (
+        f"[rank {rank} on {platform.node()}] " if rank and os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    )
     print(f"{where}{text}", file=sys.stderr, flush=True)
 
 
@@ -111,7 +136,7 @@ flags: --dry-run (print the resolved recipe and stop)  --json (last line: the ve
 on several processes: accelerate launch --config_file launch/accelerate/FILE.yaml -m tldist ..."""
 
 
-def _overview(stages) -> str:  # type: ignore[no-untyped-def]
+def _overview(stages: dict[str, Stage]) -> str:
     width = max(map(len, stages))
     lines = [f"  {name.ljust(width)}  {stage.sentence}" for name, stage in stages.items()]
     return (

@@ -78,9 +78,7 @@ class Team:
                 box[0] = work()
             except Exception as problem:
                 error = problem
-                box[1] = (
-                    (type(problem).__name__, str(problem), getattr(problem, "exit_code", None))
-                )
+                box[1] = (type(problem).__name__, str(problem), getattr(problem, "exit_code", None))
         dist.broadcast_object_list(box, src=0)
         if error is not None:
             raise error
@@ -100,6 +98,12 @@ class Team:
         odd = [f"rank {rank} on {host}" for rank, (other, host) in enumerate(values) if other != values[0][0]]
         if odd:
             raise MachineError(f"{what} differs between processes: {', '.join(odd)} against rank 0.")
+
+    def same_buffers(self, model: torch.nn.Module) -> None:
+        """Give all processes the main one's buffers (the BatchNorm statistics that are saved)."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
 
     def wait(self) -> None:
         """Wait until all processes are here."""

@@ -138,7 +138,7 @@ class _TextLoader(yaml.BaseLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            key = str(self.construct_object(key_node, deep=True))  # type: ignore[no-untyped-call]
+            key = str(self.construct_object(key_node, deep=True))
             if key in seen:
                 raise RecipeError(f"the key '{key}' is given twice (line {key_node.start_mark.line + 1}).")
             seen.add(key)
@@ -358,7 +358,10 @@ def describe_settings(recipe: type[Recipe], width: int = 100) -> str:
         note = "" if kind is IDENTITY else f", {kind.name} on resume"
         head = f"  {name}  ({_type_words(field.annotation)}, {default}{note})"
         body = textwrap.fill(
-            " ".join((field.description or "").split()), width, initial_indent="      ", subsequent_indent="      "
+            " ".join((field.description or "").split()),
+            width,
+            initial_indent="      ",
+            subsequent_indent="      ",
         )
         blocks.append(f"{head}\n{body}" if body.strip() else head)
     return "\n".join(blocks)
@@ -382,5 +385,12 @@ def _one_type(variant: Any) -> str:
     if get_origin(variant) in (tuple, list):
         members: Iterable[Any] = (member for member in get_args(variant) if member is not Ellipsis)
         return "list of " + " and ".join(dict.fromkeys(_type_words(member) for member in members))
-    words = {str: "text", int: "integer", float: "number", bool: "true|false", Path: "path", type(None): "none"}
+    words = {
+        str: "text",
+        int: "integer",
+        float: "number",
+        bool: "true|false",
+        Path: "path",
+        type(None): "none",
+    }
     return words.get(variant, getattr(variant, "__name__", str(variant)))

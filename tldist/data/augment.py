@@ -29,7 +29,9 @@ class Augmentation:
     brightness: float = 0.0
 
 
-def augment(data: bytes, how: Preprocessing, what: Augmentation, seed: int, epoch: int, sample: int) -> np.ndarray:
+def augment(
+    data: bytes, how: Preprocessing, what: Augmentation, seed: int, epoch: int, sample: int
+) -> np.ndarray:
     """Decode and augment one image.
 
     Args:

@@ -126,7 +126,7 @@ def load_batches(
     loader: DataLoader[Batch] = DataLoader(
         dataset,
         batch_size=None,
-        sampler=plans,  # type: ignore[arg-type]  # any iterable of keys
+        sampler=plans,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         **options,

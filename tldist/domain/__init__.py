@@ -41,7 +41,7 @@ def _open(recipe: DataRecipe) -> Domain:
     if path.is_dir():
         files = sorted(path.glob("*.parquet"), key=lambda file: natural_key(file.name))
         return open_parquet(files, recipe) if files else open_folder(path)
-    matches = [path] if path.is_file() else [Path(name) for name in glob.glob(recipe.path, recursive=True)]
+    matches = [path] if path.is_file() else [Path(name) for name in glob.glob(recipe.path, recursive=True)]  # noqa: PTH207 - the pattern may be absolute
     files = sorted(
         (match for match in matches if match.suffix == ".parquet"), key=lambda file: natural_key(str(file))
     )

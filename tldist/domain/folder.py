@@ -43,9 +43,7 @@ def open_folder(root: Path) -> Domain:
         DomainError: no images, a class folder without images, images outside the class folders.
     """
     split_folders = {
-        entry.name: SPLITS[entry.name.lower()]
-        for entry in _folders(root)
-        if entry.name.lower() in SPLITS
+        entry.name: SPLITS[entry.name.lower()] for entry in _folders(root) if entry.name.lower() in SPLITS
     }
     parts = split_folders or {"": WHOLE}
     _check_split_names(root, split_folders)
@@ -105,7 +103,8 @@ def _images_below(folder: Path) -> list[tuple[str, str | None]]:
         images = _walk_images(class_folder)
         if not images:
             raise DomainError(
-                f"{class_folder}: the class '{class_folder.name}' has no images. Add some, or remove the folder."
+                f"{class_folder}: the class '{class_folder.name}' has no images. "
+                f"Add some, or remove the folder."
             )
         found += [(f"{class_folder.name}/{path}", class_folder.name) for path in images]
     loose = sorted((e.name for e in folder.iterdir() if _is_image(e.name) and e.is_file()), key=natural_key)

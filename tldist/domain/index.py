@@ -54,7 +54,9 @@ class Source(Protocol):
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key under which 2 comes before 10 and a before B."""
     parts = re.split(r"(\d+)", name)
-    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part.casefold()) for part in parts if part)
+    return tuple(
+        (0, int(part), "") if part.isdecimal() else (1, 0, part.casefold()) for part in parts if part
+    )
 
 
 def sort_names(names: Iterable[str]) -> tuple[str, ...]:
@@ -100,7 +102,9 @@ class Domain:
         """Samples of each split, in the order train, val, test, others."""
         names, counts = np.unique(self.splits, return_counts=True)
         order = {"train": 0, "val": 1, "test": 2}
-        pairs = sorted(zip(names.tolist(), counts.tolist()), key=lambda pair: (order.get(pair[0], 3), pair[0]))
+        pairs = sorted(
+            zip(names.tolist(), counts.tolist()), key=lambda pair: (order.get(pair[0], 3), pair[0])
+        )
         return dict(pairs)
 
     @property
@@ -111,9 +115,7 @@ class Domain:
     def subset(self, indices: np.ndarray | Sequence[int]) -> Domain:
         """The samples at ``indices``, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return replace(
-            self, rows=self.rows[chosen], labels=self.labels[chosen], splits=self.splits[chosen]
-        )
+        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen], splits=self.splits[chosen])
 
     def split(self, name: str) -> Domain:
         """The samples of one split.
@@ -141,7 +143,7 @@ class Domain:
         kept: list[int] = []
         for name in self.split_counts:
             members = np.flatnonzero(self.splits == name)
-            kept += _spread(members, self.labels, [id_hash(self.id(i)) for i in members], limit)
+            kept += _spread(members, self.labels, [id_hash(self.id(i)) for i in members.tolist()], limit)
         return self.subset(sorted(kept))
 
     def carve(self, fraction: float, seed: int) -> tuple[Domain, Domain]:
@@ -153,7 +155,7 @@ class Domain:
         held: list[int] = []
         for label in np.unique(self.labels):
             members = np.flatnonzero(self.labels == label)
-            ranked = sorted(members, key=lambda i: id_hash(f"{seed}:{self.id(i)}"))
+            ranked = sorted(members.tolist(), key=lambda i: id_hash(f"{seed}:{self.id(i)}"))
             count = 0 if len(members) < 2 else max(1, round(fraction * len(members)))
             held += ranked[:count]
         chosen = np.zeros(len(self), dtype=bool)

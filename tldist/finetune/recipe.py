@@ -85,8 +85,9 @@ class FinetuneRecipe(Recipe):
     """Of everything random: order, augmentation, dropout, the new head."""
     image_size: int | None = Field(default=None, ge=8)
     """Pixels of the square input; none: what the weights were made with."""
-    validation: float = Field(default=0.2, gt=0, lt=1)
-    """The share of every class that is held out to choose the best, where the domain has no val split."""
+    validation: float = Field(default=0.2, ge=0, lt=1)
+    """The share of every class that is held out to choose the best, where the domain has no val split; 0:
+    none, and the last weights are kept."""
     select: Literal["best", "last"] = "best"
     """Which weights become the bundle: the best on validation, or the last."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)

@@ -10,7 +10,7 @@ from tldist.errors import RecipeError
 from tldist.models.heads import find_head
 
 _CONTAINERS = {
-    "backbone", "features", "encoder", "layers", "blocks", "stages", "trunk_output", "classifier", "heads", "net",
+    "backbone", "features", "encoder", "layers", "blocks", "stages", "trunk_output", "classifier", "heads",
 }  # fmt: skip
 """Children whose own children are blocks; the names that torchvision, timm and `Chain` use."""
 
@@ -116,7 +116,8 @@ def freeze(model: nn.Module, learning: list[Block]) -> list[nn.Module]:
     frozen += [
         m
         for path, m in containers
-        if path and not any(block.owns(f"{path}.{n}") for block in learning for n, _ in m.named_modules() if n)
+        if path
+        and not any(block.owns(f"{path}.{n}") for block in learning for n, _ in m.named_modules() if n)
     ]
     return frozen
 

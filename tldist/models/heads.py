@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +66,9 @@ def tapped(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
 
 
 @torch.no_grad()
-def copy_rows_by_name(head: Head, weight: Tensor, bias: Tensor | None, old: Sequence[str], new: Sequence[str]) -> int:
+def copy_rows_by_name(
+    head: Head, weight: Tensor, bias: Tensor | None, old: Sequence[str], new: Sequence[str]
+) -> int:
     """Copy the rows of the classes that both heads know, by name.
 
     Args:

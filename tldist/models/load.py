@@ -19,9 +19,7 @@ from tldist.models.zoo import Weights, build_network, describe_network, find_wei
 from tldist.runtime.preprocess import Preprocessing
 
 
-def load_bundle(
-    path: str | os.PathLike[str], *, trust_code: bool = False
-) -> tuple[nn.Module, BundleConfig]:
+def load_bundle(path: str | os.PathLike[str], *, trust_code: bool = False) -> tuple[nn.Module, BundleConfig]:
     """Rebuild a bundle's module with its weights, in evaluation mode, on the CPU.
 
     Args:

@@ -102,7 +102,9 @@ def measure(
             ledger.add(batch.broken)
             logits = predict(batch.images.to(team.device)).double().cpu()
             losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-            found = torch.stack([batch.indices.double(), batch.labels.double(), logits.argmax(1).double(), losses], 1)
+            found = torch.stack(
+                [batch.indices.double(), batch.labels.double(), logits.argmax(1).double(), losses], 1
+            )
             rows.append(found[batch.valid].numpy())
             bar.update(len(batch.indices) * team.size)
     broken = ledger.settle(team)

@@ -1,0 +1,152 @@
+"""The demo's domains on disk: printed digits in three styles (sources) and real handwritten ones (target)."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from tldist.files import atomic_folder
+
+DIGITS = tuple("0123456789")
+SIDE = 32
+"""Pixels of every image file."""
+STYLES: dict[str, tuple[str, ...]] = {
+    "sans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "cmss10"),
+    "serif": ("DejaVuSerif", "DejaVuSerif-Bold", "STIXGeneral", "STIXGeneralBol", "cmr10", "cmtt10"),
+    "slanted": (
+        "DejaVuSans-Oblique",
+        "DejaVuSansMono-BoldOblique",
+        "DejaVuSerif-Italic",
+        "DejaVuSerif-BoldItalic",
+        "STIXGeneralItalic",
+        "cmti10",
+    ),
+}
+"""The source domains: a style and the fonts (which matplotlib carries) that print its digits."""
+
+_GRID = 8  # the resolution of scikit-learn's digits
+_BITMAP = 32  # its digits are counts of ink in 4x4 cells of a 32x32 bitmap
+_CANVAS = 128
+
+
+def write_source(folder: Path, style: str, per_class: int, seed: int) -> Path:
+    """Write a source domain: ``folder/{train,val}/DIGIT/NUMBER.png``; does nothing where it is there.
+
+    Args:
+        folder: where to.
+        style: a key of `STYLES`.
+        per_class: images of each digit; a fifth of them becomes the val split.
+        seed: of all that is random.
+    """
+    if folder.is_dir():
+        return folder
+    fonts = [ImageFont.truetype(str(path), 96) for path in find_fonts(style)]
+    random = np.random.default_rng([seed, zlib.crc32(style.encode())])
+    with atomic_folder(folder) as making:
+        for digit in DIGITS:
+            for number in range(per_class):
+                split = "val" if number < per_class // 5 else "train"
+                font = fonts[int(random.integers(len(fonts)))]
+                _save(making / split / digit / f"{number}.png", print_digit(digit, font, random))
+    return folder
+
+
+def write_pool(folder: Path, sources: Sequence[Path]) -> Path:
+    """Write the union of source domains, its files named after the domain they come from."""
+    if folder.is_dir():
+        return folder
+    with atomic_folder(folder) as making:
+        for source in sources:
+            for image in sorted(source.glob("*/*/*.png")):
+                split, digit = image.parts[-3:-1]
+                copy = making / split / digit / f"{source.name}-{image.name}"
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(image.read_bytes())
+    return folder
+
+
+def write_target(folder: Path, draw: int, labelled: int) -> Path:
+    """Write the target domain: ``labelled`` random images of each digit in train/, all others in test/.
+
+    The images are the 1,797 handwritten digits of `sklearn.datasets.load_digits`.
+
+    Args:
+        folder: where to.
+        draw: which random choice of the labelled images.
+        labelled: images of each digit to train on.
+    """
+    if folder.is_dir():
+        return folder
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    random = np.random.default_rng([draw, 2024])
+    with atomic_folder(folder) as making:
+        for digit in DIGITS:
+            members = random.permutation(np.flatnonzero(digits.target == int(digit)))
+            for place, index in enumerate(members.tolist()):
+                split = "train" if place < labelled else "test"
+                _save(making / split / digit / f"{index}.png", digits.images[index])
+    return folder
+
+
+def find_fonts(style: str) -> list[Path]:
+    """The font files of a style, from matplotlib's own folder."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    return [folder / f"{name}.ttf" for name in STYLES[style]]
+
+
+def print_digit(digit: str, font: ImageFont.FreeTypeFont, random: np.random.Generator) -> np.ndarray:
+    """Print one digit as a person with a worn typewriter might, and scan it as the target was scanned.
+
+    Random stroke thickness, slant, rotation and perspective; then the target's own acquisition: the ink
+    fills a 32x32 bitmap from top to bottom and is counted in 4x4 cells.
+
+    Returns:
+        float64 (8, 8): ink, 0 to 16.
+    """
+    image = Image.new("L", (_CANVAS, _CANVAS))
+    stroke = int(random.integers(0, 5))
+    ImageDraw.Draw(image).text(
+        (_CANVAS / 2, _CANVAS / 2), digit, fill=255, font=font, anchor="mm", stroke_width=stroke
+    )
+    image = _warp(image, random)
+    return count_ink(image.crop(image.getbbox()), random)
+
+
+def _warp(image: Image.Image, random: np.random.Generator) -> Image.Image:
+    """Rotate, shear and pull at the four corners."""
+    side = image.width
+    corners = np.array([(0, 0), (0, side), (side, side), (side, 0)], dtype=float) - side / 2
+    angle, shear = np.deg2rad(random.normal(0, 5)), random.normal(0, 0.12)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    corners = corners @ (turn @ np.array([[1, shear], [0, 1]])).T * 1.25  # a margin for what moves out
+    corners += side / 2 + random.normal(0, 0.05 * side, (4, 2))
+    return image.transform(
+        image.size, Image.Transform.QUAD, corners.flatten().tolist(), resample=Image.Resampling.BILINEAR
+    )
+
+
+def count_ink(ink: Image.Image, random: np.random.Generator) -> np.ndarray:
+    """Fit ink to the bitmap's height at a random width and place, and count it cell by cell: (8, 8), 0 to 16."""
+    width = ink.width / ink.height * _BITMAP * random.uniform(0.8, 1.1)
+    width = int(np.clip(round(width), 5, 26))
+    fitted = np.asarray(ink.resize((width, _BITMAP), Image.Resampling.BOX)) > random.uniform(90, 160)
+    bitmap = np.zeros((_BITMAP, _BITMAP))
+    left = int(np.clip((_BITMAP - width) // 2 + random.integers(-2, 3), 0, _BITMAP - width))
+    bitmap[:, left : left + width] = fitted
+    cell = _BITMAP // _GRID
+    return bitmap.reshape(_GRID, cell, _GRID, cell).sum((1, 3))
+
+
+def _save(path: Path, ink: np.ndarray) -> None:
+    """Write ink (8, 8), 0 to 16, as a grey PNG of `SIDE` pixels: white ink on black."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray((ink * (255 / 16)).round().astype(np.uint8))
+    image.resize((SIDE, SIDE), Image.Resampling.BILINEAR).save(path)

@@ -1,0 +1,66 @@
+"""What learns from which images: the train and validation domains of a fine-tuning."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tldist.domain import DataRecipe, Domain, open_domain, sort_names
+from tldist.errors import DomainError
+from tldist.progress import warn
+
+
+def split_domains(
+    data: DataRecipe, held_out: float, seed: int
+) -> tuple[Domain, Domain | None, tuple[str, ...]]:
+    """The domains to train and to validate on, and the classes of the task.
+
+    Validation is the domain's val split; where there is none, a share of every class of the train split.
+    A test split is never touched.
+
+    Args:
+        data: the settings of the domain.
+        held_out: share of every class to hold out where there is no val split; 0: no validation.
+        seed: of the choice.
+
+    Returns:
+        (train, validation or None, class names in natural order).
+
+    Raises:
+        DomainError: no train split, no labels, or validation classes that are not trained on.
+    """
+    domain = open_domain(data)
+    whole = domain.split("train") if "train" in domain.split_counts else domain
+    if whole is domain and set(domain.split_counts) & {"val", "test"} and data.split is None:
+        there = ", ".join(domain.split_counts)
+        raise DomainError(f"{domain.name}: no train split to learn from (splits here: {there}).")
+    if not whole.has_labels:
+        raise DomainError(
+            f"{whole.name}: no labels. Expected one folder of images a class, or a label column."
+        )
+    classes = sort_names(whole.classes[label] for label in np.unique(whole.labels))
+    if len(classes) < 2:
+        raise DomainError(f"{whole.name}: a single class '{classes[0]}'; a classifier needs at least two.")
+    if "val" in domain.split_counts and whole is not domain:
+        validation = domain.split("val")
+        _check_classes(whole, validation, classes)
+        return whole, validation, classes
+    if held_out == 0:
+        return whole, None, classes
+    rest, held = whole.carve(held_out, seed)
+    if len(held) == 0:
+        warn("every class has a single image: nothing can be held out, the last weights are kept")
+        return whole, None, classes
+    return rest, held, classes
+
+
+def _check_classes(train: Domain, validation: Domain, classes: tuple[str, ...]) -> None:
+    present = {validation.classes[label] for label in np.unique(validation.labels) if label >= 0}
+    unknown = sort_names(present - set(classes))
+    if unknown:
+        raise DomainError(
+            f"{validation.name} has classes that {train.name} has no images of: {', '.join(unknown[:5])}. "
+            f"The class folders of both must agree by name."
+        )
+    absent = sort_names(set(classes) - present)
+    if absent:
+        warn(f"{validation.name} has no images of: {', '.join(absent[:5])}")

@@ -1,0 +1,119 @@
+"""precision=auto: the fastest number format and memory layout for this model on this machine, by trial."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tldist.distributed import Precision, Team, check_precision, launcher_precision
+from tldist.errors import RecipeError
+from tldist.files import read_json, write_json
+from tldist.models.blocks import training_mode
+
+TRIAL_BATCH = 16
+TRIAL_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How a run computes.
+
+    Attributes:
+        precision: of the matrix products; weights stay fp32.
+        channels_last: memory layout of images and kernels.
+        reason: why, for people.
+        trial_ms: milliseconds a step of each variant tried.
+    """
+
+    precision: Precision
+    channels_last: bool
+    reason: str
+    trial_ms: dict[str, float]
+
+
+def settle_numerics(
+    asked: str,
+    file: Path,
+    model: nn.Module,
+    frozen: list[nn.Module],
+    size: tuple[int, int],
+    team: Team,
+    batch: int,
+) -> Numerics:
+    """What this run computes with: as asked, as chosen at an earlier start, or by trial.
+
+    Args:
+        asked: the recipe's ``precision``.
+        file: where the choice is written, and read on resume.
+        model: on the CPU or the device; it is not changed.
+        frozen: its frozen modules.
+        size: height and width of its input.
+        team: called by all processes together; the main process decides.
+        batch: images that this process handles at once.
+    """
+
+    def decide() -> Numerics:
+        if file.is_file():
+            return Numerics(**read_json(file, RecipeError, "precision of a run"))
+        chosen = _decide(asked, model, frozen, size, team, min(batch, TRIAL_BATCH))
+        write_json(file, asdict(chosen))
+        return chosen
+
+    return team.on_main(decide)
+
+
+def _decide(
+    asked: str, model: nn.Module, frozen: list[nn.Module], size: tuple[int, int], team: Team, batch: int
+) -> Numerics:
+    fixed = launcher_precision() if asked == "auto" else asked
+    if fixed is not None:
+        check_precision(fixed, team.device)
+        reason = "as the recipe asks" if asked != "auto" else "as the launcher's configuration asks"
+        return Numerics(fixed, team.device.type == "cuda", reason, {})  # type: ignore[arg-type]
+    if not any(parameter.dim() == 4 for parameter in model.parameters()):
+        layouts = [False]  # nothing to lay out
+    else:
+        layouts = [False, True]
+    formats: list[Precision] = ["fp32"]
+    if team.device.type == "cpu" or torch.cuda.is_bf16_supported():
+        formats.append("bf16")
+    variants = [(precision, layout) for precision in formats for layout in layouts]
+    times = {variant: time_steps(model, frozen, size, team.device, batch, *variant) for variant in variants}
+    (precision, layout), best = min(times.items(), key=lambda item: item[1])
+    named = {f"{p}{' channels_last' if c else ''}": round(1000 * t, 2) for (p, c), t in times.items()}
+    reason = f"the fastest of {len(named)} by trial: {1000 * best:.1f} ms a step of {batch} images"
+    return Numerics(precision, layout, reason, named)
+
+
+def time_steps(
+    model: nn.Module,
+    frozen: list[nn.Module],
+    size: tuple[int, int],
+    device: torch.device,
+    batch: int,
+    precision: Precision,
+    channels_last: bool,
+) -> float:
+    """Seconds of one forward and backward pass, the least of a few, on a copy of the model."""
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    places = {module: place for place, module in enumerate(model.modules())}
+    trial: Any = copy.deepcopy(model).to(device).to(memory_format=memory)
+    modules = list(trial.modules())
+    training_mode(trial, [modules[places[module]] for module in frozen])
+    images = torch.rand(max(2, batch), 3, *size, device=device).contiguous(memory_format=memory)
+    seconds = []
+    for _ in range(TRIAL_STEPS):
+        begin = time.perf_counter()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            loss = trial(images).float().square().mean()
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds[1:])
