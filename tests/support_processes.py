@@ -26,7 +26,9 @@ class RanksFailed(AssertionError):
         self.errors = errors
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], ranks: int, *args: Any, timeout_seconds: float = 120
+) -> list[Any]:
     """Call ``function(*args)`` on ``ranks`` processes that form one job; the results by rank.
 
     The function finds the environment of a launcher and joins the job itself, as a stage does, with

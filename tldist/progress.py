@@ -39,14 +39,14 @@ class Bar(Protocol):
 
     def update(self, n: int) -> Any: ...
 
-    def set_postfix_str(self, s: str) -> Any: ...
+    def set_postfix_str(self, s: str, refresh: bool = True) -> Any: ...
 
 
 class _Silent:
     def update(self, n: int) -> None:
         return None
 
-    def set_postfix_str(self, s: str) -> None:
+    def set_postfix_str(self, s: str, refresh: bool = True) -> None:
         return None
 
 

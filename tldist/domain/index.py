@@ -129,6 +129,10 @@ class Domain:
             raise DomainError(f"{self.name}: no split '{name}' (splits here: {there}).")
         return replace(self.subset(np.flatnonzero(self.splits == wanted)), name=f"{self.name}:{wanted}")
 
+    def training_split(self) -> Domain:
+        """The split to learn from: train, else all there is."""
+        return self.split("train") if "train" in self.split_counts else self
+
     def evaluation_split(self) -> Domain:
         """The split to measure on: test, else val, else all there is."""
         for name in ("test", "val"):

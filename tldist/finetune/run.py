@@ -242,7 +242,7 @@ def _train(job: Job, stop: StopFlag) -> None:
             line = window.add(step)
             if line and team.is_main:
                 job.folder.log(**line)
-                bar.set_postfix_str(f"loss {line['loss']:.3f}")
+                bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
             epoch_ends = step.number % job.epoch_steps == 0
             if epoch_ends:
                 job.ledger.settle(team)

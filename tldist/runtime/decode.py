@@ -13,6 +13,9 @@ MAX_PIXELS = 200_000_000
 
 Size = tuple[int, int]
 
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
+
 
 class BadImage(ValueError):
     """An image that cannot be decoded; the message says why in a few words."""
@@ -46,9 +49,17 @@ def open_image(data: bytes) -> Image.Image:
     return image
 
 
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8. A PNG is decoded for it (its EXIF may come last), so it may be broken."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception as error:
+        raise BadImage(f"cannot be decoded: {error}") from error
+
+
 def upright_size(image: Image.Image) -> Size:
     """Width and height in pixels after the EXIF orientation is applied, without decoding."""
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    turned = _orientation(image) in _TURNED
     return (image.height, image.width) if turned else (image.width, image.height)
 
 
@@ -67,9 +78,9 @@ def decode_rgb(image: Image.Image, at_least: Size | None = None) -> Image.Image:
         BadImage: truncated or corrupt pixel data.
     """
     try:
-        orientation = image.getexif().get(0x0112, 1)
+        orientation = _orientation(image)
         if at_least is not None and image.format == "JPEG":
-            stored = at_least[::-1] if orientation in (5, 6, 7, 8) else at_least
+            stored = at_least[::-1] if orientation in _TURNED else at_least
             image.draft("RGB" if image.mode in ("RGB", "YCbCr") else image.mode, stored)
         image.load()
         if orientation != 1:

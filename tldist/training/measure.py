@@ -16,7 +16,7 @@ from tldist.data.loader import load_batches
 from tldist.data.order import blocks_of
 from tldist.distributed import Team
 from tldist.domain import Domain
-from tldist.errors import DomainError
+from tldist.errors import DomainError, ModelError
 from tldist.progress import progress_bar
 from tldist.runtime.preprocess import Preprocessing
 from tldist.training.ledger import Ledger
@@ -64,6 +64,16 @@ class Measurement:
         }
 
 
+def why_not_measurable(domain: Domain, classes: Sequence[str]) -> str | None:
+    """Why a model with these classes cannot be measured on a domain; None: it can."""
+    if not domain.has_labels:
+        return "it has no labels"
+    unknown = {domain.classes[label] for label in np.unique(domain.labels)} - set(classes)
+    if unknown:
+        return f"the model does not know its class '{min(unknown)}'"
+    return None
+
+
 def measure(
     predict: Predict,
     domain: Domain,
@@ -91,6 +101,7 @@ def measure(
 
     Raises:
         DomainError: no labels, classes that the model does not know, or too many broken images.
+        ModelError: an output is not finite.
     """
     if not domain.has_labels:
         raise DomainError(f"{domain.name}: has no labels to measure against.")
@@ -115,6 +126,7 @@ def measure(
     count = len(table)
     if not count:
         raise DomainError(f"{domain.name}: no image could be decoded.")
+    _check_finite(table, domain)
     confusion = multiclass_confusion_matrix(answer, truth, num_classes=len(classes)).numpy()
     return Measurement(
         accuracy=float((truth == answer).double().mean()),
@@ -124,6 +136,16 @@ def measure(
         classes=tuple(classes),
         confusion=confusion,
     )
+
+
+def _check_finite(table: np.ndarray, domain: Domain) -> None:
+    """`ModelError` where a loss is not finite: NaN or infinity in the model's outputs."""
+    bad = table[~np.isfinite(table[:, 3]), 0]
+    if len(bad):
+        raise ModelError(
+            f"the model's outputs are not finite (NaN or infinity) for {len(bad)} of {len(table)} images of "
+            f"{domain.name}, the first is {domain.id(int(bad[0]))}: its weights are broken, or it diverged."
+        )
 
 
 def predictor(
