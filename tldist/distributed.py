@@ -179,11 +179,13 @@ def _check_launcher() -> None:
             "accelerate launch was asked for several processes and started one (it does so for --cpu and "
             f"for distributed_type MULTI_CPU). Start it with: {_right_command(2)}"
         )
-    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not torch.cuda.is_available():
-        raise MachineError(
-            "FSDP needs a GPU: on a CPU Accelerate would silently run plain DDP. "
-            f"Start it with: {_right_command(int(environment.get('WORLD_SIZE', '2')))}"
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        why = (
+            "FSDP is not supported by this version"
+            if torch.cuda.is_available()
+            else "FSDP needs a GPU: on a CPU Accelerate would silently run plain DDP"
         )
+        raise MachineError(f"{why}. Start it with: {_right_command(int(environment.get('WORLD_SIZE', '2')))}")
 
 
 def _right_command(processes: int) -> str:

@@ -14,8 +14,9 @@ TldistError                 exit code 2: the input is wrong
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class TldistError(Exception):
@@ -59,6 +60,17 @@ class MissingExtra(TldistError):
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f"{library} is not installed. Install it with: pip install 'tldist[{extra}]'")
         self.library, self.extra = library, extra
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Inside, the import of a library that is not installed raises `MissingExtra`, naming the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "tldist").startswith("tldist"):
+            raise
+        raise MissingExtra(str(error.name), extra) from error
 
 
 class CheckFailed(TldistError):

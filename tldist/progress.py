@@ -51,13 +51,20 @@ class _Silent:
 
 
 @contextmanager
-def progress_bar(total: int, unit: str, label: str, done: int = 0) -> Iterator[Bar]:
-    """A bar with rate and time left on the main process, silence on the others."""
+def progress_bar(total: int, unit: str, label: str, done: int = 0, keep: bool = True) -> Iterator[Bar]:
+    """A bar with rate and time left on the main process, silence on the others.
+
+    Args:
+        total, unit: how much of what.
+        label: what is being done.
+        done: how much of it was done before.
+        keep: leave the finished bar on the screen.
+    """
     if not is_main():
         yield _Silent()
         return
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants a line now and then, not a film
-    with tqdm(total=total, initial=done, unit=unit, desc=label, mininterval=interval, leave=True) as bar:
+    with tqdm(total=total, initial=done, unit=unit, desc=label, mininterval=interval, leave=keep) as bar:
         yield bar

@@ -85,9 +85,11 @@ class Recipe(BaseModel):
 
 def _read_text(value: Any, annotation: Any) -> Any:
     """Read text by the field's type: ``none`` where None is allowed, ``a,b`` where a list is expected."""
+    variants = list(_variants(annotation))
+    if isinstance(value, Path) and str in variants and Path not in variants:
+        return str(value)
     if not isinstance(value, str):
         return value
-    variants = list(_variants(annotation))
     if type(None) in variants and value.lower() in _NOTHING:
         return None
     if any(get_origin(variant) in (tuple, list) for variant in variants) and str not in variants:

@@ -16,7 +16,13 @@ def whole_steps(size: int, batch: int, seed: int, epochs: int, first: int, ranks
     plans = [
         list(
             plan_steps(
-                size=size, batch_size=batch, seed=seed, epochs=epochs, first_step=first, rank=rank, ranks=ranks
+                size=size,
+                batch_size=batch,
+                seed=seed,
+                epochs=epochs,
+                first_step=first,
+                rank=rank,
+                ranks=ranks,
             )
         )
         for rank in range(ranks)

@@ -126,7 +126,9 @@ def test_parquet__bytes_by_row_across_files_and_row_groups(tmp_path: Path) -> No
     data = pictures(23)
     labels = [f"class{i % 3}" for i in range(23)]
     for number, part in enumerate((slice(0, 9), slice(9, 23))):
-        table = pa.table({"image": data[part], "label": labels[part], "id": [f"s{i}" for i in range(23)][part]})
+        table = pa.table(
+            {"image": data[part], "label": labels[part], "id": [f"s{i}" for i in range(23)][part]}
+        )
         pq.write_table(table, tmp_path / f"{number}.parquet", row_group_size=4)
     domain = open_domain(tmp_path)
     assert names(domain) == labels
@@ -142,8 +144,14 @@ def test_parquet__paths_structs_and_class_names_of_datasets(tmp_path: Path) -> N
     datasets_meta = b'{"info": {"features": {"label": {"names": ["zebra", "ant"], "_type": "ClassLabel"}}}}'
     data = pictures(3)
     (tmp_path / "x.png").write_bytes(data[0])
-    images = [{"bytes": None, "path": "x.png"}, {"bytes": data[1], "path": None}, {"bytes": data[2], "path": "q"}]
-    table = pa.table({"image": images, "label": [0, 1, 0]}).replace_schema_metadata({"huggingface": datasets_meta})
+    images = [
+        {"bytes": None, "path": "x.png"},
+        {"bytes": data[1], "path": None},
+        {"bytes": data[2], "path": "q"},
+    ]
+    table = pa.table({"image": images, "label": [0, 1, 0]}).replace_schema_metadata(
+        {"huggingface": datasets_meta}
+    )
     pq.write_table(table, tmp_path / "train-0.parquet")
     domain = open_domain(tmp_path)
     assert domain.classes == ("ant", "zebra")

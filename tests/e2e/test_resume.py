@@ -35,7 +35,9 @@ def domain(folder: Path) -> Path:
         Image.fromarray(picture).save(target / f"{number}.png")
     for name in "abc":
         (folder / "val" / name).mkdir(parents=True)
-        Image.fromarray(random.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(folder / "val" / name / "0.png")
+        Image.fromarray(random.integers(0, 255, (48, 48, 3), dtype=np.uint8)).save(
+            folder / "val" / name / "0.png"
+        )
     return folder
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tldist.models.blocks import cut_blocks, freeze, training_mode, trainable_blocks
+from tldist.models.blocks import cut_blocks, freeze, trainable_blocks, training_mode
 from tldist.models.chain import Affine, Chain, Scale
 from tldist.models.heads import copy_rows_by_name, find_head, head_outputs, head_width, tapped
 from tldist.models.zoo import build_network, describe_network, list_architectures

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,20 @@ from tldist.models.zoo import Weights, build_network, describe_network, find_wei
 from tldist.runtime.preprocess import Preprocessing
 
 
-def load_bundle(path: str | os.PathLike[str], *, trust_code: bool = False) -> tuple[nn.Module, BundleConfig]:
+def load_bundle(
+    path: str | os.PathLike[str], *, trust_code: bool = False, verify: bool = True
+) -> tuple[nn.Module, BundleConfig]:
     """Rebuild a bundle's module with its weights, in evaluation mode, on the CPU.
 
     Args:
         path: a bundle, or a run that holds one.
         trust_code: allow a bundle that names code of its own.
+        verify: compare every file's SHA-256 with the one recorded.
 
     Raises:
         BundleError: not a bundle, damaged, or its weights do not fit its description.
     """
-    folder, config = read_bundle(path)
+    folder, config = read_bundle(path, verify=verify)
     model = build_model(config.model, trust_code=trust_code)
     tensors = read_tensors(folder / WEIGHTS)
     try:
@@ -54,6 +59,16 @@ def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
         ready[name] = plain.clone() if shares else plain
         seen.add(ready[name].untyped_storage().data_ptr())
     save_file(ready, file, metadata={"format": "pt"})
+
+
+def hash_tensors(state: Mapping[str, Tensor], names: Iterable[str] | None = None) -> str:
+    """SHA-256 over tensors, with their names, shapes and dtypes; of the named ones, or of all."""
+    digest = hashlib.sha256()
+    for name in sorted(state if names is None else names):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -156,12 +171,15 @@ def _with_image_size(start: Start, size: int) -> Start:
 
 
 def input_tensor(
-    images: Tensor, preprocessing: Preprocessing, memory_format: torch.memory_format = torch.contiguous_format
+    images: Tensor,
+    preprocessing: Preprocessing,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """uint8 images (N, H, W, 3) to the model's float32 input (N, 3, H, W), on the images' device."""
-    scaled = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=memory_format) / 255
-    mean = torch.tensor(preprocessing.mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=images.device).view(1, 3, 1, 1)
+    """uint8 images (N, H, W, 3) to the model's float input (N, 3, H, W), on the images' device."""
+    scaled = images.permute(0, 3, 1, 2).to(dtype, memory_format=memory_format) / 255
+    mean = torch.tensor(preprocessing.mean, dtype=dtype, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(preprocessing.std, dtype=dtype, device=images.device).view(1, 3, 1, 1)
     return ((scaled - mean) / std).contiguous(memory_format=memory_format)
 
 

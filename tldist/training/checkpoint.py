@@ -41,6 +41,11 @@ class Position:
     broken: dict[str, str] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def best_step(self) -> int | None:
+        """Steps done at the best measurement."""
+        return int(self.best["step"]) if self.best else None
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -34,6 +34,7 @@ class Learner:
         model: the bare module.
         wrapped: the same behind Accelerate (DDP, autocast).
         optimizer: behind Accelerate.
+        bare_optimizer: the same without it, for its state.
         accelerator, team: the job.
         frozen: modules that stay in evaluation mode.
         objective: loss of each sample.
@@ -48,6 +49,7 @@ class Learner:
     model: nn.Module
     wrapped: nn.Module
     optimizer: Optimizer
+    bare_optimizer: Optimizer
     accelerator: Accelerator
     team: Team
     frozen: list[nn.Module]

@@ -108,7 +108,7 @@ def measure(
     ledger = Ledger(domain, ledger_file)
     rows: list[np.ndarray] = []
     plans = blocks_of(len(domain), batch_size, team.rank, team.size)
-    with progress_bar(len(domain), "img", label) as bar:
+    with progress_bar(len(domain), "img", label, keep=False) as bar:
         for batch in load_batches(domain, plans, how, classes=classes, workers=workers):
             ledger.add(batch.broken)
             logits = predict(batch.images.to(team.device)).double().cpu()

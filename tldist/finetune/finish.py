@@ -1,0 +1,101 @@
+"""The end of a fine-tuning: choose the weights, prove what was frozen, measure, write bundle and summary."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from tldist.errors import ModelError
+from tldist.finetune.prepare import Job
+from tldist.models.load import hash_tensors, save_bundle
+from tldist.progress import warn
+from tldist.runs import BUNDLE, Outcome, RunFolder
+from tldist.training.checkpoint import MODEL, list_checkpoints
+from tldist.training.ledger import LEDGER
+
+
+def finish(job: Job, seconds: float) -> None:
+    """Write ``RUN/bundle`` and ``RUN/summary.json``; called by all processes together.
+
+    Raises:
+        ModelError: a frozen tensor has changed.
+    """
+    step = _select(job)
+    frozen = _prove_frozen(job)
+    # Once more in fp32: what the bundle computes elsewhere.
+    validation = job.measure("fp32", "validate the result") if job.inputs.validation else None
+    broken = job.state.ledger.settle(job.team)
+    metrics = {"val_accuracy": validation.accuracy, "val_loss": validation.loss} if validation else {}
+    config = replace(job.inputs.start.config, metrics=metrics, lineage=_lineage(job))
+
+    def write() -> None:
+        saved = save_bundle(job.folder.path / BUNDLE, job.model, config)
+        job.folder.write_summary(
+            "done",
+            bundle=BUNDLE,
+            identity=saved.identity,
+            steps=job.state.position.step,
+            selected_step=step,
+            seconds=round(seconds, 2),
+            processes=job.team.size,
+            precision=job.numerics.precision,
+            channels_last=job.numerics.channels_last,
+            train_images=len(job.inputs.train),
+            broken_images=broken,
+            frozen=frozen,
+            validation=validation.to_dict() if validation else None,
+        )
+
+    job.team.on_main(write)
+
+
+def _select(job: Job) -> int:
+    """Load the weights that become the bundle; returns the step that they are from."""
+    position = job.state.position
+    best = position.best_step
+    if job.recipe.select == "last" or best is None or best == position.step:
+        return position.step
+    checkpoint = next(found for found in list_checkpoints(job.state.checkpoints) if found.step == best)
+    job.model.load_state_dict(checkpoint.tensors(MODEL))
+    return best
+
+
+def _prove_frozen(job: Job) -> dict[str, Any]:
+    """The hash of what was frozen, before and after."""
+    after = hash_tensors(job.model.state_dict(), job.frozen_names)
+    if after != job.frozen_before:
+        raise ModelError(
+            "a frozen tensor has changed while training: the model writes to itself in eval mode."
+        )
+    return {"tensors": len(job.frozen_names), "before": job.frozen_before, "after": after, "equal": True}
+
+
+def _lineage(job: Job) -> dict[str, Any]:
+    domain = job.inputs.train
+    return {
+        "stage": "finetune",
+        **job.inputs.start.config.lineage,
+        "data": domain.name,
+        "data_fingerprint": domain.fingerprint,
+        "train_images": len(domain),
+        "recipe": job.recipe.model_dump(mode="json"),
+    }
+
+
+def outcome_of(folder: RunFolder, note: str = "") -> Outcome:
+    """What a finished run has to say."""
+    summary = folder.summary
+    validation = summary.get("validation")
+    lines = [note] if note else []
+    if validation:
+        lines.append(f"validation accuracy {validation['accuracy']:.4f} on {validation['count']:,} images")
+    if summary.get("broken_images"):
+        warn(f"{summary['broken_images']} broken images were skipped: {folder.path / LEDGER}")
+    bundle = folder.path / BUNDLE
+    values = {
+        "bundle": str(bundle),
+        "accuracy": validation["accuracy"] if validation else None,
+        **{name: summary.get(name) for name in ("steps", "seconds", "processes", "precision")},
+    }
+    following = f"tldist export {bundle} profile=cpu-fp32 out={folder.path}/package"
+    return Outcome("finetune", folder.path, values, "\n".join(lines), following)
