@@ -57,3 +57,21 @@ def nan_cnn(num_classes: int) -> nn.Module:
     with torch.no_grad():
         model[-1].bias.fill_(float("nan"))
     return model
+
+
+class _Branching(nn.Module):
+    """Its way depends on the numbers, so that its forward cannot be traced."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.body = plain_cnn(8)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.body(images)
+        return self.fc(features if features.sum() > 0 else -features)
+
+
+def branching_cnn(num_classes: int) -> nn.Module:
+    """A network with a branch that depends on its input."""
+    return _Branching(num_classes)

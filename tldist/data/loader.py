@@ -55,10 +55,11 @@ class _Decoder(Dataset[Batch]):
         labels: np.ndarray,
         how: Preprocessing,
         augmentation: Augmentation | None,
+        views: int | None,
         seed: int,
     ) -> None:
         self.domain, self.labels, self.how = domain, labels, how
-        self.augmentation, self.seed = augmentation, seed
+        self.augmentation, self.views, self.seed = augmentation, views, seed
 
     def __getitem__(self, plan: StepPlan | np.ndarray) -> Batch:
         step = plan if isinstance(plan, StepPlan) else None
@@ -88,7 +89,8 @@ class _Decoder(Dataset[Batch]):
         data = self.domain.read(index)
         if step is None or self.augmentation is None:
             return prepare(data, self.how)
-        return augment(data, self.how, self.augmentation, self.seed, step.epoch, index)
+        view = step.epoch % self.views if self.views else step.epoch
+        return augment(data, self.how, self.augmentation, self.seed, view, index)
 
 
 def num_workers(asked: int | None, processes_here: int) -> int:
@@ -106,6 +108,7 @@ def load_batches(
     *,
     classes: Iterable[str] | None = None,
     augmentation: Augmentation | None = None,
+    views: int | None = None,
     seed: int = 0,
     workers: int = 0,
 ) -> Iterator[Batch]:
@@ -117,11 +120,12 @@ def load_batches(
         how: the model's preprocessing.
         classes: the class list that labels refer to; None: the domain's own.
         augmentation: applied to steps of a run; None: the preprocessing of evaluation.
+        views: fixed views of each image that epochs take in turn; None: a new one each epoch.
         seed: of the augmentation.
         workers: decoding processes; 0 decodes in this one.
     """
     labels = domain.labels_in(list(domain.classes if classes is None else classes))
-    dataset = _Decoder(domain, labels, how, augmentation, seed)
+    dataset = _Decoder(domain, labels, how, augmentation, views, seed)
     options: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
     loader: DataLoader[Batch] = DataLoader(
         dataset,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class ParquetSource:
         self._open: dict[int, Any] = {}
         self._cache: OrderedDict[int, tuple[list[Any], int]] = OrderedDict()
         self._cached_bytes = 0
+        self._lock = threading.Lock()  # an open Parquet file is not to be read by two threads at once
         for number, path in enumerate(self.files):
             meta = _pyarrow().read_metadata(path)
             for group in range(meta.num_row_groups):
@@ -50,7 +52,10 @@ class ParquetSource:
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files and cached bytes stay with their process."""
-        return {**self.__dict__, "_open": {}, "_cache": OrderedDict(), "_cached_bytes": 0}
+        return {**self.__dict__, "_open": {}, "_cache": OrderedDict(), "_cached_bytes": 0, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def __len__(self) -> int:
         return self._rows
@@ -74,7 +79,8 @@ class ParquetSource:
 
     def read(self, row: int) -> bytes:
         group, inside = self._place(row)
-        value = self._load(group)[inside]
+        with self._lock:
+            value = self._load(group)[inside]
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if value is None:

@@ -42,6 +42,31 @@ class AugmentRecipe(Recipe):
     """Mirror half of the images left to right (not for digits and text)."""
     brightness: float = Field(default=0.0, ge=0, lt=1)
     """Scale the grey values by a random factor of up to 1 plus or minus this."""
+    views: int | None = Field(default=None, ge=1)
+    """Take this many fixed augmented views of each image in turn, epoch by epoch, instead of a new one each
+    time: the frozen part is then computed once a view."""
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether an image always looks the same."""
+        return self.crop is None and not self.flip and not self.brightness
+
+
+class CacheRecipe(Recipe):
+    """The frozen part, computed once: its outputs are kept on disk, and epochs read those."""
+
+    shorthand: ClassVar[str] = "use"
+
+    use: Literal["auto", "off"] = "auto"
+    """auto: where blocks are frozen, the images do not change from epoch to epoch (augment.crop=none
+    augment.flip=false, or augment.views), and it pays; off: run the frozen part in every epoch."""
+    folder: Free[Path | None] = None
+    """Where the files lie, shared by all runs with the same frozen part and data; none: the user's cache
+    folder."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """bf16 takes half the space and rounds the features to 8 bits of precision."""
+    max_gb: Free[float] = Field(default=20.0, gt=0)
+    """Largest size in 10^9 bytes; a larger one is not made, and that is said."""
 
 
 class CheckpointRecipe(Recipe):
@@ -95,6 +120,7 @@ class FinetuneRecipe(Recipe):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     augment: AugmentRecipe = AugmentRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
+    cache: CacheRecipe = CacheRecipe()
     workers: Free[int | None] = Field(default=None, ge=0)
     """Processes that decode images for each training process; none: by the number of cores."""
     trust_code: Free[bool] = False

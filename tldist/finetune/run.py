@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 
 from tldist import distributed
-from tldist.data.augment import Augmentation
-from tldist.data.loader import load_batches
 from tldist.data.order import plan_steps
 from tldist.files import canonical_json
 from tldist.finetune.finish import finish, outcome_of
-from tldist.finetune.prepare import Job, load_inputs, prepare, show_job
+from tldist.finetune.plan import show_job
+from tldist.finetune.prepare import Job, load_features, load_inputs, prepare
 from tldist.finetune.recipe import FinetuneRecipe
 from tldist.runs import Outcome, open_run, recorded
 from tldist.training.fit import fit
@@ -35,6 +34,7 @@ def run(recipe: FinetuneRecipe) -> Outcome:
         job = prepare(recipe, team, folder, inputs)
         show_job(job)
         begin = time.perf_counter()
+        load_features(job)
         _train(job, stop)
         finish(job, time.perf_counter() - begin)
     return outcome_of(folder)
@@ -42,9 +42,9 @@ def run(recipe: FinetuneRecipe) -> Outcome:
 
 def _train(job: Job, stop: StopFlag) -> None:
     """All steps that are left."""
-    recipe, domain = job.recipe, job.inputs.train
+    recipe = job.recipe
     plans = plan_steps(
-        size=len(domain),
+        size=len(job.inputs.train),
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         epochs=recipe.epochs,
@@ -52,13 +52,4 @@ def _train(job: Job, stop: StopFlag) -> None:
         rank=job.team.rank,
         ranks=job.team.size,
     )
-    batches = load_batches(
-        domain,
-        plans,
-        job.state.learner.how,
-        classes=job.inputs.classes,
-        augmentation=Augmentation(**recipe.augment.model_dump()),
-        seed=recipe.seed,
-        workers=job.workers,
-    )
-    fit(job.state, batches, stop)
+    fit(job.state, job.train_batches(plans), stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,4 +200,6 @@ def load_into(model: nn.Module, weights: Weights, skip: str = "") -> None:
         raise ModelError(
             f"{weights.origin}: not the weights of {type(model).__name__} ({'; '.join(details)})."
         )
-    model.load_state_dict(given, strict=False)
+    state = OrderedDict(given)
+    state._metadata = expected._metadata  # type: ignore[attr-defined]  # MNASNet wants its version beside them
+    model.load_state_dict(state, strict=False)

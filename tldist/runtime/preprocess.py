@@ -88,7 +88,9 @@ def fit(picture: Image.Image, how: Preprocessing, scaled: Size | None = None) ->
     return np.array(picture, dtype=np.uint8)  # a copy: writable, and its own memory
 
 
-def resize_box(picture: Image.Image, box: tuple[float, float, float, float], how: Preprocessing) -> np.ndarray:
+def resize_box(
+    picture: Image.Image, box: tuple[float, float, float, float], how: Preprocessing
+) -> np.ndarray:
     """Resize the part ``box`` (left, top, right, bottom in pixels) to uint8 (H, W, 3), antialiased."""
     part = picture.resize((how.width, how.height), _FILTERS[how.interpolation], box=box)
     return np.array(part, dtype=np.uint8)

@@ -18,8 +18,6 @@ from tldist.data.loader import Batch
 from tldist.data.order import seed_of
 from tldist.distributed import Team
 from tldist.models.blocks import training_mode
-from tldist.models.load import input_tensor
-from tldist.runtime.preprocess import Preprocessing
 from tldist.training.signals import StopFlag
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -38,8 +36,7 @@ class Learner:
         accelerator, team: the job.
         frozen: modules that stay in evaluation mode.
         objective: loss of each sample.
-        how: the model's preprocessing.
-        memory_format: of the images.
+        to_input: the loader's images (or features) on the device to the input of ``wrapped``.
         learning_rate: samples seen to learning rate.
         seed: of dropout.
         pieces: into how many parts a process cuts its share of a step.
@@ -54,8 +51,7 @@ class Learner:
     team: Team
     frozen: list[nn.Module]
     objective: Objective
-    how: Preprocessing
-    memory_format: torch.memory_format
+    to_input: Callable[[Tensor], Tensor]
     learning_rate: Callable[[float], float]
     seed: int
     pieces: int = 1
@@ -93,10 +89,12 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
         stop: whether this process was asked to stop; all learn of it with the step's counts.
     """
     device = learner.team.device
+    learner.model.eval()
     for batch in batches:
         plan = batch.step
         assert plan is not None, "training batches carry their step"
-        training_mode(learner.model, learner.frozen)
+        if not learner.model.training:  # at the start, and after a measurement
+            training_mode(learner.model, learner.frozen)
         # Dropout depends on (seed, step, rank) alone, so that nothing random has to be saved.
         torch.manual_seed(seed_of("dropout", learner.seed, plan.step, learner.team.rank))
         lr = learner.learning_rate(samples + plan.total / 2)
@@ -112,7 +110,7 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         for images, labels, valid, last in _pieces(batch, learner.pieces, device):
             with nullcontext() if last else learner.accelerator.no_sync(learner.wrapped):
-                logits = learner.wrapped(input_tensor(images, learner.how, learner.memory_format))
+                logits = learner.wrapped(learner.to_input(images))
                 losses = learner.objective(logits.float(), labels) * valid
                 learner.accelerator.backward(losses.sum() * scale)
             loss_sum += losses.detach().double().sum()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from tldist.data.loader import load_batches
+from tldist.data.loader import Batch, load_batches
 from tldist.data.order import blocks_of
 from tldist.distributed import Team
 from tldist.domain import Domain
@@ -85,6 +85,7 @@ def measure(
     workers: int = 0,
     ledger_file: Path | None = None,
     label: str = "evaluate",
+    load: Callable[[Sequence[np.ndarray]], Iterable[Batch]] | None = None,
 ) -> Measurement:
     """Measure a classifier on a labelled domain; called by all processes together.
 
@@ -98,6 +99,7 @@ def measure(
         workers: decoding processes.
         ledger_file: where broken images are listed.
         label: of the progress bar.
+        load: gives the batches of positions (cached features); None: the images are decoded.
 
     Raises:
         DomainError: no labels, classes that the model does not know, or too many broken images.
@@ -109,7 +111,8 @@ def measure(
     rows: list[np.ndarray] = []
     plans = blocks_of(len(domain), batch_size, team.rank, team.size)
     with progress_bar(len(domain), "img", label, keep=False) as bar:
-        for batch in load_batches(domain, plans, how, classes=classes, workers=workers):
+        batches = load(plans) if load else load_batches(domain, plans, how, classes=classes, workers=workers)
+        for batch in batches:
             ledger.add(batch.broken)
             logits = predict(batch.images.to(team.device)).double().cpu()
             losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")

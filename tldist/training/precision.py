@@ -36,6 +36,11 @@ class Numerics:
     reason: str
     trial_ms: dict[str, float]
 
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout as PyTorch names it."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
 
 def settle_numerics(
     asked: str,

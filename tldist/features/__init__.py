@@ -1,0 +1,1 @@
+"""Features: extraction, moments, heads fitted on them."""

@@ -1,0 +1,123 @@
+"""What there is to choose from: architectures by name, and the blocks and layers of one."""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from torch import nn
+from torchvision import models as torchvision_models
+
+from tldist.bundle import is_bundle, read_bundle
+from tldist.domain import natural_key
+from tldist.errors import RecipeError, close_matches
+from tldist.models.blocks import Block, cut_blocks
+from tldist.models.description import architecture_name, build_model
+from tldist.models.heads import find_head, head_outputs, head_width
+from tldist.models.recipe import LayersRecipe, ModelsRecipe
+from tldist.models.zoo import build_network, describe_network, list_architectures
+from tldist.runs import Outcome
+
+_CLASSES = 1000
+"""Outputs of a network that is shown by its name: those of the published weights."""
+
+
+def list_models(recipe: ModelsRecipe) -> Outcome:
+    """The architectures that match a pattern, with their size and weights.
+
+    Raises:
+        RecipeError: none matches.
+    """
+    names = sorted(list_architectures(), key=natural_key)
+    pattern = recipe.pattern.lower()
+    found = [name for name in names if pattern in name or fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        raise RecipeError(f"no model matches '{recipe.pattern}'. {close_matches(pattern.strip('*'), names)}")
+    rows = [_describe(name) for name in found]
+    width = max(map(len, found))
+    lines = [
+        f"{row['name'].ljust(width)}  {row['parameters'] / 1e6:7.1f} M  {', '.join(row['weights'])}"
+        for row in rows
+    ]
+    text = "\n".join([f"{'model'.ljust(width)}  parameters  weights", *lines])
+    return Outcome("models", values={"models": rows}, text=text, next_command=f"tldist layers {found[0]}")
+
+
+def _describe(name: str) -> dict[str, Any]:
+    weights = torchvision_models.get_model_weights(name)
+    return {
+        "name": name,
+        "parameters": weights.DEFAULT.meta["num_params"],
+        "weights": [weight for weight in weights.__members__ if weight != "DEFAULT"],
+    }
+
+
+def list_layers(recipe: LayersRecipe) -> Outcome:
+    """The blocks of a model in order, the head last, and the layers of each.
+
+    Raises:
+        ModelError: the architecture is unknown.
+        BundleError: a folder that is not a bundle.
+    """
+    name, model = _build(recipe)
+    blocks, (head_path, head) = cut_blocks(model), find_head(model)
+    layers = {block.name: _layers_of(block, model) for block in blocks}
+    rows: list[dict[str, Any]] = [
+        {
+            "name": block.name,
+            "train": "head" if block is blocks[-1] else f"last:{len(blocks) - 1 - place}",
+            "parameters": _count(block, model),
+            "layers": layers[block.name],
+        }
+        for place, block in enumerate(blocks)
+    ]
+    total = sum(row["parameters"] for row in rows)
+    values = {
+        "model": name,
+        "parameters": total,
+        "features": head_width(head),
+        "outputs": head_outputs(head),
+        "head": head_path,
+        "blocks": rows,
+    }
+    return Outcome("layers", values=values, text=_words(values))
+
+
+def _build(recipe: LayersRecipe) -> tuple[str, nn.Module]:
+    """The module without memory for its weights."""
+    folder = Path(recipe.model)
+    # torch.device("meta") would do too, but RegNet computes its widths with tensors.
+    with init_empty_weights():
+        if folder.is_dir() or is_bundle(folder):
+            description = read_bundle(folder, verify=False)[1].model
+            return architecture_name(description), build_model(description, trust_code=recipe.trust_code)
+        described = describe_network(recipe.model, _CLASSES)
+        return recipe.model, build_network(described, trust_code=True)  # named by the person at the keyboard
+
+
+def _layers_of(block: Block, model: nn.Module) -> list[dict[str, str]]:
+    """The modules of a block that have no children, by dotted name."""
+    return [
+        {"name": path, "type": type(module).__name__}
+        for path, module in model.named_modules()
+        if path and not any(True for _ in module.children()) and block.owns(path)
+    ]
+
+
+def _count(block: Block, model: nn.Module) -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if block.owns(name))
+
+
+def _words(values: dict[str, Any]) -> str:
+    lines = [
+        f"{values['model']}: {values['parameters']:,} parameters, features of width {values['features']:,}, "
+        f"{values['outputs']:,} outputs",
+        "blocks in order; train=last:N trains block last:N and all below it, train=head the head alone",
+    ]
+    for row in values["blocks"]:
+        lines.append(f"\n{row['train']:8}  {row['name']}  ({row['parameters']:,} parameters)")
+        width = max((len(layer["name"]) for layer in row["layers"]), default=0)
+        lines += [f"          {layer['name'].ljust(width)}  {layer['type']}" for layer in row["layers"]]
+    return "\n".join(lines)

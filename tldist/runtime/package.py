@@ -1,0 +1,245 @@
+"""A package: one exported model entirely; opened, verified and run without torch.
+
+A package is ``model.onnx`` + ``package.json`` + ``reference.safetensors`` + ``parity.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tldist import __version__
+from tldist.bundle import verify_files
+from tldist.errors import PackageError
+from tldist.files import canonical_json, read_json, sha256_file, sha256_text, write_json
+from tldist.runtime.preprocess import Preprocessing
+from tldist.runtime.session import CPU, Session, open_session
+
+CONFIG = "package.json"
+MODEL = "model.onnx"
+REFERENCE = "reference.safetensors"
+PARITY = "parity.json"
+FORMAT = "tldist.package/1"
+
+LOGITS, PROBABILITIES, FEATURES = "logits", "probabilities", "features"
+"""The names of a graph's outputs. A classifier's first one is the logits."""
+
+
+class _Stored(BaseModel):
+    """The layout of ``package.json``; anything else is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: str
+    classes: list[str]
+    preprocessing: dict[str, Any]
+    outputs: dict[str, int]
+    profile: dict[str, Any]
+    bundle: dict[str, str]
+    lineage: dict[str, Any]
+    files: dict[str, str]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class PackageConfig:
+    """What a package is, without its graph.
+
+    Attributes:
+        classes: names of the logits in order; empty for a feature extractor.
+        preprocessing: from a decoded image to the graph's uint8 input (normalisation is in the graph).
+        outputs: width of each output, by name, in the graph's order.
+        profile: what it was exported for: name, precision, provider, tolerances.
+        bundle: the bundle it was made from: its ``identity`` and the hash of its ``weights``.
+        lineage: how that bundle came to be.
+        files: SHA-256 of every file but ``package.json``.
+        versions: of the libraries that made it.
+    """
+
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    outputs: dict[str, int]
+    profile: dict[str, Any]
+    bundle: dict[str, str]
+    lineage: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> str:
+        """Hash of what the package computes: graph, classes, preprocessing."""
+        how = self.preprocessing.to_dict()
+        return sha256_text(canonical_json([list(self.classes), how, self.files.get(MODEL, "")]))
+
+    @property
+    def profile_name(self) -> str:
+        """The name of its profile."""
+        return str(self.profile.get("name", ""))
+
+    def graph_metadata(self) -> dict[str, str]:
+        """What the graph says about itself, so that it serves without ``package.json`` too."""
+        return {
+            "classes": json.dumps(self.classes, ensure_ascii=False),
+            "preprocessing": json.dumps(self.preprocessing.to_dict()),
+            "outputs": json.dumps(list(self.outputs)),
+            "profile": self.profile_name,
+            "bundle": self.bundle["identity"],
+            "weights": self.bundle["weights"],
+            "tldist": self.versions.get("tldist", __version__),
+        }
+
+
+class Package:
+    """An opened package.
+
+    Attributes:
+        path: its folder.
+        config: what it is.
+        session: the loaded graph.
+    """
+
+    def __init__(self, path: Path, config: PackageConfig, session: Session) -> None:
+        self.path, self.config, self.session = path, config, session
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        verify: bool = True,
+        threads: int | None = None,
+        provider: str | None = None,
+    ) -> Package:
+        """Open a package.
+
+        Args:
+            path: the folder.
+            verify: compare hashes, and what the graph says about itself with ``package.json``.
+            threads: that one operator may use; None: ONNX Runtime's choice, all cores.
+            provider: ONNX Runtime's name of an execution provider; None: the one of the profile.
+
+        Raises:
+            PackageError: not a package, damaged, or its parts do not belong together.
+            MachineError: the provider does not exist here.
+            MissingExtra: ONNX Runtime is not installed.
+        """
+        folder = Path(path)
+        config = read_package(folder, verify=verify)
+        session = open_graph(folder, config, threads=threads, provider=provider)
+        problems = graph_problems(session, config) if verify else []
+        if problems:
+            raise PackageError(f"{folder}: {problems[0]}")
+        return cls(folder, config, session)
+
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """uint8 images (N, H, W, 3), as `prepare` makes them, to float32 (N, D) of each output, by name."""
+        return self.session.run(images)
+
+
+def is_package(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder looks like a package (its configuration is there)."""
+    return (Path(path) / CONFIG).is_file()
+
+
+def read_package(path: str | os.PathLike[str], *, verify: bool = True) -> PackageConfig:
+    """Read a package's configuration and check its files.
+
+    Args:
+        path: the folder.
+        verify: compare every file's SHA-256 with the one recorded.
+
+    Raises:
+        PackageError: not a package, an unknown format, a missing file, a hash that differs.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise PackageError(f"{folder}: no such folder (expected a package: {MODEL} and {CONFIG}).")
+    if not is_package(folder):
+        raise PackageError(f"{folder}: not a package: it has no {CONFIG}. `tldist export` writes packages.")
+    raw = read_json(folder / CONFIG, PackageError, "package configuration")
+    try:
+        stored = _Stored(**raw)
+        how = Preprocessing.from_dict(stored.preprocessing)
+        bundle = {name: stored.bundle[name] for name in ("identity", "weights")}
+    except (ValidationError, TypeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise PackageError(f"{folder / CONFIG}: not a package configuration: {reason}.") from error
+    if stored.format != FORMAT:
+        raise PackageError(f"{folder}: package format '{stored.format}'; this version reads '{FORMAT}'.")
+    if MODEL not in stored.files:
+        raise PackageError(f"{folder / CONFIG}: no hash is recorded for {MODEL}; the package is incomplete.")
+    if verify:
+        verify_files(folder, stored.files, PackageError)
+    classes, profile = tuple(stored.classes), stored.profile
+    return PackageConfig(
+        classes, how, stored.outputs, profile, bundle, stored.lineage, stored.files, stored.versions
+    )
+
+
+def write_package(folder: Path, config: PackageConfig) -> PackageConfig:
+    """Write ``package.json`` beside the other files of a package, with their hashes; write it last."""
+    files = {name: sha256_file(folder / name) for name in (MODEL, REFERENCE, PARITY)}
+    written = replace(config, files=files)
+    stored = _Stored(
+        format=FORMAT,
+        classes=list(written.classes),
+        preprocessing=written.preprocessing.to_dict(),
+        outputs=written.outputs,
+        profile=written.profile,
+        bundle=written.bundle,
+        lineage=written.lineage,
+        files=files,
+        versions=written.versions,
+    )
+    write_json(folder / CONFIG, stored.model_dump())
+    return written
+
+
+def open_graph(
+    folder: Path, config: PackageConfig, *, threads: int | None = None, provider: str | None = None
+) -> Session:
+    """Load a package's graph on a provider: the one that is given, else the profile's with its options."""
+    own = str(config.profile.get("provider", CPU))
+    chosen = provider or own
+    options = config.profile.get("provider_options") if chosen == own else None
+    return open_session(folder / MODEL, provider=chosen, provider_options=options, threads=threads)
+
+
+def file_problems(folder: Path, files: Mapping[str, str]) -> list[str]:
+    """What is wrong with files of recorded SHA-256: one line for each that is missing or differs."""
+    problems = []
+    for name, digest in files.items():
+        try:
+            verify_files(folder, {name: digest}, PackageError)
+        except PackageError as error:
+            problems.append(str(error))
+    return problems
+
+
+def graph_problems(session: Session, config: PackageConfig) -> list[str]:
+    """Where the graph and ``package.json`` contradict each other: one line for each."""
+    problems = []
+    if session.outputs != config.outputs:
+        problems.append(f"the graph's outputs are {session.outputs}, {CONFIG} says {config.outputs}.")
+    how = config.preprocessing
+    if (session.height, session.width) != (how.height, how.width):
+        problems.append(
+            f"the graph takes {session.height}x{session.width} pixels, "
+            f"{CONFIG} says {how.height}x{how.width}."
+        )
+    if config.classes and next(iter(config.outputs), "") != LOGITS:
+        problems.append(f"it has class names, but its first output is not '{LOGITS}'.")
+    if LOGITS in config.outputs and config.outputs[LOGITS] != len(config.classes):
+        problems.append(f"it has {config.outputs[LOGITS]} logits for {len(config.classes)} class names.")
+    for name, value in config.graph_metadata().items():
+        found = session.metadata.get(name)
+        if found != value:
+            problems.append(f"the graph's metadata says {name} = {found}, {CONFIG} says {value}.")
+    return problems
