@@ -1,4 +1,4 @@
-"""From the bytes of an image file to an upright 8-bit RGB picture: the one decoder of training and serving."""
+"""From the bytes of an image file to an upright 8-bit RGB picture: one decoder for training and serving."""
 
 from __future__ import annotations
 

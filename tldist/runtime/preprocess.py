@@ -83,7 +83,8 @@ def fit(picture: Image.Image, how: Preprocessing, scaled: Size | None = None) ->
     width, height = scaled or _scaled_size(picture.size, max(how.resize, how.height, how.width))
     if picture.size != (width, height):
         picture = picture.resize((width, height), _FILTERS[how.interpolation])
-    left, top = (width - how.width) // 2, (height - how.height) // 2
+    # Rounded as torchvision does (half to even): published weights see the pixels they were made with.
+    left, top = round((width - how.width) / 2), round((height - how.height) / 2)
     picture = picture.crop((left, top, left + how.width, top + how.height))
     return np.array(picture, dtype=np.uint8)  # a copy: writable, and its own memory
 
@@ -97,11 +98,11 @@ def resize_box(
 
 
 def _scaled_size(size: Size, shorter: int) -> Size:
-    """(width, height) whose shorter side is ``shorter``, in the picture's proportions."""
+    """(width, height) whose shorter side is ``shorter``, in the picture's proportions, as in torchvision."""
     width, height = size
     if width <= height:
-        return shorter, max(shorter, round(height * shorter / width))
-    return max(shorter, round(width * shorter / height)), shorter
+        return shorter, int(shorter * height / width)
+    return int(shorter * width / height), shorter
 
 
 def normalize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

@@ -1,0 +1,63 @@
+"""Profiles: what an export is made for. One YAML file each, found by name or by path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from tldist.errors import RecipeError, close_matches
+from tldist.recipe import Recipe, read_yaml
+from tldist.share import find_shared
+
+
+class Tolerances(Recipe):
+    """How far a package may be from its bundle. Each output is held to all of them."""
+
+    max_relative: float = Field(gt=0, le=1)
+    """Largest error of any value, relative to the largest value of that output on the group of samples."""
+    min_cosine: float = Field(gt=0, le=1)
+    """Smallest cosine between the two vectors of any sample."""
+    max_flipped: float = Field(ge=0, le=1)
+    """Share of samples whose decision (largest logit) may change; exact ties are not decisions."""
+
+
+class Profile(Recipe):
+    """What an export is made for."""
+
+    name: str
+    """Its file's name; given by the file, not in it."""
+    precision: Literal["fp32"] = "fp32"
+    """Of the graph's weights and arithmetic."""
+    opset: int | None = Field(default=None, ge=18)
+    """ONNX operator set; none: the exporter's default."""
+    provider: str = "CPUExecutionProvider"
+    """ONNX Runtime's name of the execution provider that runs it, for parity and when it serves."""
+    provider_options: dict[str, str] = Field(default_factory=dict)
+    """As ONNX Runtime documents them for the provider."""
+    tolerances: Tolerances
+
+
+def find_profile(profile: str) -> Profile:
+    """Read a profile.
+
+    Args:
+        profile: a name (``cpu-fp32``), or the path of a YAML file.
+
+    Raises:
+        RecipeError: unknown, or malformed.
+    """
+    is_path = profile.endswith((".yaml", ".yml")) or os.sep in profile
+    shipped = find_shared("export/profiles")
+    path = Path(profile) if is_path else shipped / f"{profile}.yaml"
+    if not path.is_file():
+        if is_path:
+            raise RecipeError(f"{path}: no such profile file.")
+        known = [file.stem for file in shipped.glob("*.yaml")]
+        raise RecipeError(f"unknown profile '{profile}'. {close_matches(profile, known)}")
+    try:
+        return Profile.make(**{**read_yaml(path), "name": path.stem})
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
