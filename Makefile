@@ -27,7 +27,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "FAIL: no Python of at least 3.11 found; install one, or give PYTHON=..."; exit 1; }
 	@echo "== .venv: installing tldist and what its tests need ($(PYTHON); the first time takes minutes: PyTorch is large)"
-	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 	@echo "== .venv: ready"

@@ -31,6 +31,7 @@ STYLES: dict[str, tuple[str, ...]] = {
 _GRID = 8  # the resolution of scikit-learn's digits
 _BITMAP = 32  # its digits are counts of ink in 4x4 cells of a 32x32 bitmap
 _CANVAS = 128
+_MESH = 4
 
 
 def write_source(folder: Path, style: str, per_class: int, seed: int) -> Path:
@@ -105,8 +106,8 @@ def find_fonts(style: str) -> list[Path]:
 def print_digit(digit: str, font: ImageFont.FreeTypeFont, random: np.random.Generator) -> np.ndarray:
     """Print one digit as a person with a worn typewriter might, and scan it as the target was scanned.
 
-    Random stroke thickness, slant, rotation and perspective; then the target's own acquisition: the ink
-    fills a 32x32 bitmap from top to bottom and is counted in 4x4 cells.
+    Random stroke thickness, rotation, slant and wrinkles; then the target's own acquisition: the ink fills a
+    32x32 bitmap from top to bottom and is counted in 4x4 cells.
 
     Returns:
         float64 (8, 8): ink, 0 to 16.
@@ -121,20 +122,27 @@ def print_digit(digit: str, font: ImageFont.FreeTypeFont, random: np.random.Gene
 
 
 def _warp(image: Image.Image, random: np.random.Generator) -> Image.Image:
-    """Rotate, shear and pull at the four corners."""
+    """Rotate and slant the whole, and pull at the nodes of a mesh: ink runs, paper wrinkles."""
     side = image.width
-    corners = np.array([(0, 0), (0, side), (side, side), (side, 0)], dtype=float) - side / 2
-    angle, shear = np.deg2rad(random.normal(0, 5)), random.normal(0, 0.12)
+    cuts = np.linspace(0, side, _MESH + 1).round().astype(int)
+    nodes = np.stack(np.meshgrid(cuts, cuts), axis=-1) - side / 2  # (row, column, (x, y))
+    angle, slant = np.deg2rad(random.normal(0, 8)), random.normal(0, 0.2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    corners = corners @ (turn @ np.array([[1, shear], [0, 1]])).T * 1.25  # a margin for what moves out
-    corners += side / 2 + random.normal(0, 0.05 * side, (4, 2))
-    return image.transform(
-        image.size, Image.Transform.QUAD, corners.flatten().tolist(), resample=Image.Resampling.BILINEAR
-    )
+    nodes = nodes @ (turn @ np.array([[1, slant], [0, 1]])).T * 1.25  # a margin for what moves out
+    nodes += side / 2 + random.normal(0, 0.035 * side, nodes.shape)
+    mesh = [
+        (
+            (int(cuts[x]), int(cuts[y]), int(cuts[x + 1]), int(cuts[y + 1])),
+            tuple(nodes[[y, y + 1, y + 1, y], [x, x, x + 1, x + 1]].flatten().tolist()),
+        )
+        for y in range(_MESH)
+        for x in range(_MESH)
+    ]
+    return image.transform(image.size, Image.Transform.MESH, mesh, resample=Image.Resampling.BILINEAR)
 
 
 def count_ink(ink: Image.Image, random: np.random.Generator) -> np.ndarray:
-    """Fit ink to the bitmap's height at a random width and place, and count it cell by cell: (8, 8), 0 to 16."""
+    """Fit ink to the bitmap's height at a random width and place; count it by cell: (8, 8), 0 to 16."""
     width = ink.width / ink.height * _BITMAP * random.uniform(0.8, 1.1)
     width = int(np.clip(round(width), 5, 26))
     fitted = np.asarray(ink.resize((width, _BITMAP), Image.Resampling.BOX)) > random.uniform(90, 160)

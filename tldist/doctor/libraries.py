@@ -69,10 +69,7 @@ def _unmet_requirements() -> Iterator[Finding]:
             applies = need.marker is None or any(need.marker.evaluate({"extra": e}) for e in ("", *EXTRAS))
             if found and applies and not need.specifier.contains(found, prereleases=True):
                 what = f"{need.name} {found} is installed, but {owner} needs {need.name}{need.specifier}"
-                line = f"pip install -c constraints.txt '{need.name}{need.specifier}'"
-                yield Finding(
-                    "broken", what, f"{line} (constraints.txt lists versions that were tested together)"
-                )
+                yield Finding("broken", what, f"pip install -U '{need.name}{need.specifier}' {owner}")
 
 
 def check_torchvision() -> list[Finding]:

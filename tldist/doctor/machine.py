@@ -45,7 +45,7 @@ def check_machine(folder: Path) -> Check:
 
 
 def memory_bytes() -> int | None:
-    """The memory that this process may use: the machine's, or its control group's limit where that is less."""
+    """The memory that this process may use: the machine's, or its control group's limit if less."""
     limits = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -104,7 +104,7 @@ def fit(state: Fit, batches: Iterable[Batch], stop: StopFlag) -> None:
             line = window.add(step)
             if line and team.is_main:
                 state.folder.log(**line)
-                bar.set_postfix_str(f"loss {line['loss']:.3f}")
+                bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
             epoch_ends = step.number % state.epoch_steps == 0
             if epoch_ends:
                 state.ledger.settle(team)
