@@ -169,9 +169,9 @@ def test_resume__damaged_newest_checkpoint_is_passed_over(calm: Run, tmp_path: P
 
 
 EVERYTHING = (
-    "train=last:1", "unfreeze=2:all", "probe=1", "ema=0.9", "augment.mixup=0.4",
-    "augment.policy=trivialaugment", "optimizer.l2_sp=0.01", "optimizer.layer_decay=0.8", "class_weights=balanced", "gradient_accumulation=2",
-)  # fmt: skip
+    "train=last:1 unfreeze=2:all probe=1 ema=0.9 augment.mixup=0.4 augment.policy=trivialaugment "
+    "optimizer.l2_sp=0.01 optimizer.layer_decay=0.8 class_weights=balanced gradient_accumulation=2"
+).split()
 
 
 def test_resume__with_phases_averages_and_mixing_is_bitwise(calm: Run, tmp_path: Path) -> None:

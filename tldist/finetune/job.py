@@ -17,13 +17,14 @@ from tldist.finetune.phases import Phase, plan_phases, total_epochs
 from tldist.finetune.recipe import FinetuneRecipe
 from tldist.models.blocks import Block, cut_blocks, freeze, frozen_tensors, trainable_blocks
 from tldist.models.load import hash_tensors
-from tldist.runs import RunFolder
+from tldist.runs import CHECKPOINTS, RunFolder
 from tldist.training.checkpoint import Checkpoint, Position
 from tldist.training.fit import Fit, resume
 from tldist.training.ledger import LEDGER, Ledger
 from tldist.training.measure import Measurement, measure, predictor
 from tldist.training.optim import PullToStart
 from tldist.training.precision import Numerics, settle_numerics
+from tldist.training.saver import Saver
 
 
 @dataclass
@@ -178,6 +179,6 @@ def _state(recipe: FinetuneRecipe, folder: RunFolder, inputs: Inputs, position: 
         epochs=total_epochs(recipe),
         validate=None,
         every_steps=recipe.checkpoint.every_steps,
-        keep=recipe.checkpoint.keep,
+        saver=Saver(folder.path / CHECKPOINTS, recipe.checkpoint.keep),
         patience=recipe.patience,
     )

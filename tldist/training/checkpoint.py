@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from tldist.bundle import verify_files
@@ -19,7 +19,6 @@ from tldist.errors import BundleError
 from tldist.files import atomic_folder, read_json, remove_leftovers, sha256_file
 from tldist.models.load import save_tensors
 from tldist.progress import warn
-from tldist.training.optim import optimizer_tensors
 
 MODEL, OPTIMIZER, STATE, COMMIT = "model.safetensors", "optimizer.safetensors", "state.json", "COMMIT"
 AVERAGE = "average.safetensors"
@@ -86,17 +85,19 @@ class Checkpoint:
         return True
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None, position: Position
-) -> Checkpoint:
-    """Write ``folder/step-N`` whole or not at all."""
+def save_checkpoint(folder: Path, state: Mapping[str, dict[str, Tensor]], position: Position) -> Checkpoint:
+    """Write ``folder/step-N`` whole or not at all.
+
+    Args:
+        folder: of all checkpoints.
+        state: tensors by file name (`MODEL`, `OPTIMIZER`, `AVERAGE`).
+        position: where the run stands.
+    """
     path = folder / f"step-{position.step:08d}"
     with atomic_folder(path) as temporary:
-        save_tensors(model.state_dict(), temporary / MODEL)
-        save_tensors(optimizer_tensors(optimizer, model), temporary / OPTIMIZER)
+        for name, tensors in state.items():
+            save_tensors(tensors, temporary / name)
         (temporary / STATE).write_text(json.dumps(asdict(position)), encoding="utf-8")
-        if average is not None:
-            save_tensors(average.state_dict(), temporary / AVERAGE)
         hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
         (temporary / COMMIT).write_text(json.dumps(hashes), encoding="utf-8")
     return Checkpoint(path, position.step)

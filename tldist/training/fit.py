@@ -21,13 +21,12 @@ from tldist.training.checkpoint import (
     Position,
     newest_checkpoint,
     restore_weights,
-    retain,
-    save_checkpoint,
 )
 from tldist.training.ledger import Ledger
 from tldist.training.loop import Learner, Step, train
 from tldist.training.measure import Measurement
 from tldist.training.optim import load_optimizer_tensors
+from tldist.training.saver import Saver
 from tldist.training.signals import StopFlag
 from tldist.training.window import Window
 
@@ -48,7 +47,7 @@ class Fit:
         epochs: passes over the domain.
         validate: measures the model, given a label for its bar; None: the last weights are the best.
         every_steps: save after so many steps too.
-        keep: newest checkpoints that stay.
+        saver: writes checkpoints.
         patience: epochs without a better measurement after which it ends; None: it takes all.
     """
 
@@ -59,8 +58,8 @@ class Fit:
     batch_size: int
     epochs: int
     validate: Callable[[str], Measurement] | None
+    saver: Saver
     every_steps: int | None = None
-    keep: int = 2
     patience: int | None = None
 
     @property
@@ -128,6 +127,15 @@ def fit(state: Fit, learner: Learner, batches: Iterable[Batch], stop: StopFlag) 
         DomainError: too many broken images.
         Diverged: the loss is not a finite number.
     """
+    try:
+        _take_steps(state, learner, batches, stop)
+    except Preempted:  # on all processes alike
+        learner.team.on_main(state.saver.wait)
+        raise
+    learner.team.on_main(state.saver.wait)
+
+
+def _take_steps(state: Fit, learner: Learner, batches: Iterable[Batch], stop: StopFlag) -> None:
     team, position = learner.team, state.position
     window = Window(state.folder, team, max(1, state.total_steps // LOG_LINES))
     with progress_bar(state.images * state.epochs, "img", state.folder.stage, position.samples) as bar:
@@ -174,14 +182,11 @@ def _validate(state: Fit, learner: Learner, step: Step) -> None:
 
 
 def _save(state: Fit, learner: Learner) -> None:
-    """Save on the main process while the others wait; keep the newest and the best."""
+    """Save on the main process; the others hear of an error of the save before."""
     position = state.position
     position.broken = {str(index): reason for index, reason in state.ledger.found.items()}
     if learner.accelerator.scaler is not None:
         position.scaler = learner.accelerator.scaler.state_dict()
-
-    def save() -> None:
-        save_checkpoint(state.checkpoints, learner.model, learner.bare_optimizer, learner.average, position)
-        retain(state.checkpoints, state.keep, position.best_step)
-
-    learner.team.on_main(save)
+    learner.team.on_main(
+        lambda: state.saver.save(learner.model, learner.bare_optimizer, learner.average, position)
+    )
