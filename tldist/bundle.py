@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class _Stored(BaseModel):
     classes: list[str]
     preprocessing: dict[str, Any]
     files: dict[str, str]
+    temperature: float = 1.0
     lineage: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
     tldist: str = ""
@@ -51,6 +52,7 @@ class BundleConfig:
         lineage: how it came to be: stage, recipe, parents by hash, data.
         metrics: what was measured when it was made.
         files: SHA-256 of every file.
+        temperature: probabilities are ``softmax(logits / temperature)``.
     """
 
     model: dict[str, Any]
@@ -59,15 +61,14 @@ class BundleConfig:
     lineage: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    temperature: float = 1.0
 
     @property
     def identity(self) -> str:
-        """Hash of what the bundle computes: description, classes, preprocessing, weights."""
-        return sha256_text(
-            canonical_json(
-                [self.model, list(self.classes), self.preprocessing.to_dict(), self.files.get(WEIGHTS, "")]
-            )
-        )
+        """Hash of what the bundle computes: description, classes, preprocessing, temperature, weights."""
+        weights = self.files.get(WEIGHTS, "")
+        parts = [self.model, list(self.classes), self.preprocessing.to_dict(), self.temperature, weights]
+        return sha256_text(canonical_json(parts))
 
 
 def is_bundle(folder: str | os.PathLike[str]) -> bool:
@@ -121,7 +122,13 @@ def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[P
     if verify:
         verify_files(folder, stored.files, BundleError)
     return folder, BundleConfig(
-        stored.model, tuple(stored.classes), preprocessing, stored.lineage, stored.metrics, stored.files
+        stored.model,
+        tuple(stored.classes),
+        preprocessing,
+        stored.lineage,
+        stored.metrics,
+        stored.files,
+        stored.temperature,
     )
 
 
@@ -160,15 +167,14 @@ def write_bundle(
         write_weights(folder / WEIGHTS)
         (folder / CARD).write_text(_model_card(config), encoding="utf-8")
         files = {name: sha256_file(folder / name) for name in (WEIGHTS, CARD)}
-        written = BundleConfig(
-            config.model, config.classes, config.preprocessing, config.lineage, config.metrics, files
-        )
+        written = replace(config, files=files)
         stored = _Stored(
             format=FORMAT,
             model=written.model,
             classes=list(written.classes),
             preprocessing=written.preprocessing.to_dict(),
             files=files,
+            temperature=written.temperature,
             lineage=written.lineage,
             metrics=written.metrics,
             tldist=__version__,

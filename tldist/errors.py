@@ -8,6 +8,7 @@ TldistError                 exit code 2: the input is wrong
 ├── PackageError            an exported model: not a package, wrong hash, a graph that does not load
 ├── MachineError            this machine or this job: provider, precision, number of processes
 ├── MissingExtra            a library that is not installed, with the pip line that mends it
+├── Diverged                exit code 1: a loss is not a finite number
 ├── CheckFailed             exit code 1: a check was made and it failed (parity, verify)
 └── Preempted               exit code 75: told to stop, has saved; run the same command again
 """
@@ -71,6 +72,12 @@ def needs(extra: str) -> Iterator[None]:
         if (error.name or "tldist").startswith("tldist"):
             raise
         raise MissingExtra(str(error.name), extra) from error
+
+
+class Diverged(TldistError):
+    """The loss of a training step is not a finite number."""
+
+    exit_code = 1
 
 
 class CheckFailed(TldistError):

@@ -56,7 +56,7 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read_text_by_type(cls, values: Any) -> Any:
-        if isinstance(values, str | Path) and cls.shorthand:
+        if isinstance(values, str | Path | int) and cls.shorthand:
             values = {cls.shorthand: values}
         if not isinstance(values, dict):
             return values

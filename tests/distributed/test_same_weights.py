@@ -51,7 +51,7 @@ def train_in_float64(data: Path, case: str) -> dict[str, torch.Tensor]:
     torch.manual_seed(seed_of("init", 0))
     start = start_model(name, "none", learned.classes, image_size=32)
     model, how = start.model.double(), start.config.preprocessing
-    frozen = freeze(model, trainable_blocks(cut_blocks(model), train))
+    frozen = freeze(model, trainable_blocks(model, cut_blocks(model), train))
     images = torch.stack([torch.from_numpy(prepare(learned.read(i), how)) for i in range(len(learned))])
     inputs = images.double().permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (how.mean, how.std))

@@ -168,6 +168,27 @@ def test_resume__damaged_newest_checkpoint_is_passed_over(calm: Run, tmp_path: P
     _assert_bitwise(calm.out, rough.out)
 
 
+EVERYTHING = (
+    "train=last:1 unfreeze=2:all probe=1 ema=0.9 augment.mixup=0.4 augment.policy=trivialaugment "
+    "optimizer.l2_sp=0.01 optimizer.layer_decay=0.8 class_weights=balanced gradient_accumulation=2"
+).split()
+
+
+def test_resume__with_phases_averages_and_mixing_is_bitwise(calm: Run, tmp_path: Path) -> None:
+    whole, rough = (
+        Run(calm.data, tmp_path / "whole", *EVERYTHING),
+        Run(calm.data, tmp_path / "rough", *EVERYTHING),
+    )
+    whole.finish()
+    for goal in (2 * EVERY, STEPS - EVERY):  # in the first phases, and in the last
+        process = rough.start()
+        wait_for(lambda goal=goal: steps_saved(rough) >= goal, process)
+        kill(process)
+        assert steps_saved(rough) < STEPS + STEPS // EPOCHS
+    rough.finish()
+    _assert_bitwise(whole.out, rough.out)
+
+
 def test_sigterm__saves_and_exits_with_75_and_goes_on(calm: Run, tmp_path: Path) -> None:
     rough = Run(calm.data, tmp_path / "rough")
     process = rough.start()

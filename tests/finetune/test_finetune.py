@@ -187,7 +187,7 @@ def test_refused__names_the_thing_and_leaves_nothing(data: Path, tmp_path: Path)
         ({"model": "tests.nets:nothing"}, ModelError, "cannot be imported"),
         ({"data": str(tmp_path / "nowhere")}, DomainError, "no such folder"),
         ({"train": "last:99"}, RecipeError, "the backbone has 5 blocks"),
-        ({"train": "tail"}, RecipeError, "expected head, last:N or all"),
+        ({"train": "tail"}, RecipeError, "expected head, last:N, all or re:PATTERN"),
         ({"precision": "fp16"}, MachineError, "silently train in fp32"),
         ({"epochs": "many"}, RecipeError, "epochs: .*found 'many'"),
         ({"optimizer": {"rl": 1}}, RecipeError, "unknown setting 'optimizer.rl'.*optimizer.lr"),

@@ -20,7 +20,7 @@ def test_split__prefix_then_suffix_is_the_model(name: str, train: str) -> None:
     options = {"image_size": 64} if name.startswith("vit") else {}
     model = build_network(describe_network(name, 3, options), trust_code=False)
     blocks = cut_blocks(model)
-    learning = trainable_blocks(blocks, train)
+    learning = trainable_blocks(model, blocks, train)
     training_mode(model, freeze(model, learning))
     model.eval()
     images = torch.randn(2, 3, SIZES.get(name, 64), SIZES.get(name, 64))

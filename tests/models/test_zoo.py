@@ -42,7 +42,7 @@ def test_zoo__lists_what_torchvision_has() -> None:
 
 def test_freeze__only_what_learns_has_gradients_and_trains() -> None:
     model = build_network(describe_network("resnet18", 3), trust_code=False)
-    blocks = trainable_blocks(cut_blocks(model), "last:1")
+    blocks = trainable_blocks(model, cut_blocks(model), "last:1")
     assert [block.name for block in blocks] == ["layer4", "fc"]
     frozen = freeze(model, blocks)
     training_mode(model, frozen)

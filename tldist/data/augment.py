@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torchvision.transforms import v2
 
 from tldist.data.order import seed_of
 from tldist.runtime.decode import Size, decode_rgb, open_image, upright_size
@@ -21,12 +23,14 @@ class Augmentation:
         ratio: least and greatest width-to-height ratio of that part.
         flip: mirror half of the images.
         brightness: greatest relative change of the grey values.
+        policy: random operations on each image: none, randaugment or trivialaugment.
     """
 
     crop: tuple[float, float] | None = (0.35, 1.0)
     ratio: tuple[float, float] = (0.75, 4 / 3)
     flip: bool = True
     brightness: float = 0.0
+    policy: str = "none"
 
 
 def augment(
@@ -55,10 +59,21 @@ def augment(
         picture = _cropped(image, box, how)
     if what.flip and random.random() < 0.5:
         picture = np.ascontiguousarray(picture[:, ::-1])
+    if what.policy != "none":
+        picture = _apply_policy(picture, what.policy, int(random.integers(2**62)))
     if what.brightness:
         factor = 1 + what.brightness * random.uniform(-1, 1)
         picture = np.clip(picture.astype(np.float32) * factor, 0, 255).round().astype(np.uint8)
     return picture
+
+
+def _apply_policy(picture: np.ndarray, policy: str, seed: int) -> np.ndarray:
+    """torchvision's RandAugment or TrivialAugmentWide on uint8 (H, W, 3), with randomness of its own."""
+    operation = v2.RandAugment() if policy == "randaugment" else v2.TrivialAugmentWide()
+    with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+        torch.manual_seed(seed)
+        changed = operation(torch.from_numpy(picture).permute(2, 0, 1))
+    return np.ascontiguousarray(changed.permute(1, 2, 0).numpy())
 
 
 def random_box(

@@ -6,12 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from tldist.errors import ModelError
-from tldist.finetune.prepare import Job
+from tldist.finetune.job import Job
 from tldist.models.load import hash_tensors, save_bundle
 from tldist.progress import warn
 from tldist.runs import BUNDLE, Outcome, RunFolder
-from tldist.training.checkpoint import MODEL, list_checkpoints
+from tldist.training.calibrate import calibration_error, fit_temperature
+from tldist.training.checkpoint import list_checkpoints
 from tldist.training.ledger import LEDGER
+from tldist.training.measure import Measurement
 
 
 def finish(job: Job, seconds: float) -> None:
@@ -23,10 +25,18 @@ def finish(job: Job, seconds: float) -> None:
     step = _select(job)
     frozen = _prove_frozen(job)
     # Once more in fp32: what the bundle computes elsewhere.
-    validation = job.measure("fp32", "validate the result") if job.inputs.validation else None
+    validation = (
+        job.measure("fp32", "validate the result", keep_logits=True) if job.inputs.validation else None
+    )
     broken = job.state.ledger.settle(job.team)
     metrics = {"val_accuracy": validation.accuracy, "val_loss": validation.loss} if validation else {}
-    config = replace(job.inputs.start.config, metrics=metrics, lineage=_lineage(job))
+    calibration = _calibrate(validation) if validation and job.recipe.calibrate else None
+    config = replace(
+        job.inputs.start.config,
+        metrics=metrics,
+        lineage=_lineage(job),
+        temperature=calibration["temperature"] if calibration else 1.0,
+    )
 
     def write() -> None:
         saved = save_bundle(job.folder.path / BUNDLE, job.model, config)
@@ -44,6 +54,7 @@ def finish(job: Job, seconds: float) -> None:
             broken_images=broken,
             frozen=frozen,
             validation=validation.to_dict() if validation else None,
+            calibration=calibration,
         )
 
     job.team.on_main(write)
@@ -52,12 +63,23 @@ def finish(job: Job, seconds: float) -> None:
 def _select(job: Job) -> int:
     """Load the weights that become the bundle; returns the step that they are from."""
     position = job.state.position
-    best = position.best_step
-    if job.recipe.select == "last" or best is None or best == position.step:
-        return position.step
-    checkpoint = next(found for found in list_checkpoints(job.state.checkpoints) if found.step == best)
-    job.model.load_state_dict(checkpoint.tensors(MODEL))
-    return best
+    keep_best = job.recipe.select == "best" and position.best_step is not None
+    step = position.best_step if keep_best and position.best_step is not None else position.step
+    checkpoint = next(found for found in list_checkpoints(job.state.checkpoints) if found.step == step)
+    job.model.load_state_dict(checkpoint.result())
+    return step
+
+
+def _calibrate(validation: Measurement) -> dict[str, float]:
+    """The temperature fitted on validation, and the expected calibration error without it and with it."""
+    assert validation.logits is not None
+    assert validation.labels is not None
+    temperature = fit_temperature(validation.logits, validation.labels)
+    return {
+        "temperature": temperature,
+        "error_before": calibration_error(validation.logits, validation.labels, 1.0),
+        "error_after": calibration_error(validation.logits, validation.labels, temperature),
+    }
 
 
 def _prove_frozen(job: Job) -> dict[str, Any]:

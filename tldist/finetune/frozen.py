@@ -64,6 +64,7 @@ class CachedFeatures:
 
 def plan_frozen(
     recipe: FinetuneRecipe,
+    epochs: int,
     model: nn.Module,
     blocks: list[Block],
     learning: list[Block],
@@ -74,6 +75,7 @@ def plan_frozen(
 
     Args:
         recipe: the settings.
+        epochs: that would read the features.
         model, blocks, learning: what is frozen.
         how: the preprocessing.
         images: of the train and validation domains.
@@ -84,9 +86,11 @@ def plan_frozen(
     views = recipe.augment.views or 1
     if recipe.cache.use == "off":
         return None, "every epoch (cache=off)"
+    if recipe.augment.mixes:
+        return None, "every epoch (mixup and cutmix mix the images themselves)"
     if not recipe.augment.is_deterministic and recipe.augment.views is None:
         return None, "every epoch (augmentation changes the images; augment.views=V fixes V views)"
-    if recipe.epochs <= views:
+    if epochs <= views:
         return None, f"every epoch (each of {views} views is read once: a cache would not pay)"
     try:
         prefix, suffix = split_model(model, blocks, learning)
@@ -150,7 +154,7 @@ def load_frozen(
 
 def augmentation_of(recipe: FinetuneRecipe) -> Augmentation:
     """The recipe's augmentation, as the loader takes it."""
-    return Augmentation(**recipe.augment.model_dump(exclude={"views"}))
+    return Augmentation(**recipe.augment.model_dump(exclude={"views", "mixup", "cutmix"}))
 
 
 def _compute(prefix: nn.Module, how: Preprocessing, numerics: Numerics) -> Callable[[Tensor], Tensor]:

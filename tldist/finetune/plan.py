@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from tldist.finetune.prepare import Job
+from tldist.finetune.frozen import FrozenPart
+from tldist.finetune.job import Job
+from tldist.finetune.phases import Phase
 from tldist.models.description import architecture_name
 from tldist.progress import show_plan
 
+Planned = tuple[Phase, FrozenPart | None, str]
+"""A phase, its frozen part where that is computed once, and how often it is computed, in words."""
 
-def show_job(job: Job) -> None:
+
+def show_job(job: Job, planned: list[Planned]) -> None:
     """Print the plan."""
     recipe, team, inputs, start = job.recipe, job.team, job.inputs, job.inputs.start
-    learning = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in job.model.parameters())
     held = (
         f"{len(inputs.validation):,} to choose the best" if inputs.validation else "the last weights are kept"
     )
@@ -20,15 +23,23 @@ def show_job(job: Job) -> None:
     rows = {
         "model": f"{architecture_name(start.config.model)}, weights {recipe.weights}, "
         f"input {how.height}x{how.width}",
-        "learns": f"{recipe.train}: {learning:,} of {everything:,} parameters",
-        "frozen part": f"computed {job.frozen_words}",
+        "learns": "; then ".join(_phase_words(job, phase) for phase, _, _ in planned),
+        "frozen part": "; then ".join(f"computed {words}" for _, _, words in planned if words),
         "classes": f"{len(inputs.classes)} ({start.known_rows} known to the model by name)",
         "images": f"{len(inputs.train):,} to learn from, {held}",
-        "steps": f"{job.state.total_steps:,} of {recipe.batch_size} images ({recipe.epochs} epochs)",
+        "steps": f"{job.state.total_steps:,} of {recipe.batch_size} images ({job.state.epochs} epochs)",
         "processes": f"{team.size} on {team.device.type}, {job.workers} decoding workers each",
         "precision": f"{job.numerics.precision}{layout} ({job.numerics.reason})",
         "out": recipe.out,
     }
-    if not job.frozen_words:
+    if not rows["frozen part"]:
         del rows["frozen part"]
     show_plan("finetune", rows)
+
+
+def _phase_words(job: Job, phase: Phase) -> str:
+    learning = job.learning(phase)
+    everything = sum(p.numel() for p in job.model.parameters())
+    learns = sum(p.numel() for n, p in job.model.named_parameters() if any(b.owns(n) for b in learning))
+    epochs = "" if len(job.phases) == 1 else f" for {phase.last_epoch - phase.first_epoch} epochs"
+    return f"{phase.train}: {learns:,} of {everything:,} parameters{epochs}"

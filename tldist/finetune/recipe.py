@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -9,6 +10,8 @@ from pydantic import Field, model_validator
 
 from tldist.domain.recipe import DataRecipe
 from tldist.recipe import Extendable, Free, Recipe
+
+_WHAT = re.compile(r"head|all|last:\d+|re:.+")
 
 
 class OptimizerRecipe(Recipe):
@@ -23,9 +26,16 @@ class OptimizerRecipe(Recipe):
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """SGD only."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
-    """The share of all samples during which the learning rate rises linearly from 0."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: a half cosine to 0, or no change. Counted in samples, whatever the processes."""
+    """The share of all samples during which the learning rate rises."""
+    schedule: Literal["cosine", "linear", "one_cycle", "constant"] = "cosine"
+    """After a linear warm-up from 0: half a cosine to 0, a line to 0, or no change; one_cycle: a cosine up
+    from lr/25 and one down to lr/250,000 (arXiv:1708.07120). Counted in samples, whatever the processes."""
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    """Each block below the head learns at this multiple of the rate of the block above it
+    (arXiv:2003.10555); none: all at the same rate."""
+    l2_sp: float = Field(default=0.0, ge=0)
+    """Pull the backbone's weights towards where they started, with this strength, in the place of its weight
+    decay (L2-SP, arXiv:1802.01483)."""
     clip: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient; none: no clipping."""
 
@@ -42,6 +52,15 @@ class AugmentRecipe(Recipe):
     """Mirror half of the images left to right (not for digits and text)."""
     brightness: float = Field(default=0.0, ge=0, lt=1)
     """Scale the grey values by a random factor of up to 1 plus or minus this."""
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Random operations on each image: two of magnitude 9 (RandAugment, arXiv:1909.13719), or one of any
+    (TrivialAugment, arXiv:2103.10158)."""
+    mixup: float = Field(default=0.0, ge=0)
+    """Blend pairs of a process's images and labels with weights from Beta(a, a) (arXiv:1710.09412); 0: off.
+    Which images meet depends on the number of processes."""
+    cutmix: float = Field(default=0.0, ge=0)
+    """Paste a part of one image into another, labels by area from Beta(a, a) (arXiv:1905.04899); 0: off. With
+    mixup too, each batch takes one of both."""
     views: int | None = Field(default=None, ge=1)
     """Take this many fixed augmented views of each image in turn, epoch by epoch, instead of a new one each
     time: the frozen part is then computed once a view."""
@@ -49,7 +68,12 @@ class AugmentRecipe(Recipe):
     @property
     def is_deterministic(self) -> bool:
         """Whether an image always looks the same."""
-        return self.crop is None and not self.flip and not self.brightness
+        return self.crop is None and not self.flip and not self.brightness and self.policy == "none"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 class CacheRecipe(Recipe):
@@ -69,6 +93,17 @@ class CacheRecipe(Recipe):
     """Largest size in 10^9 bytes; a larger one is not made, and that is said."""
 
 
+class ProbeRecipe(Recipe):
+    """LP-FT (arXiv:2202.10054): a linear probe first, then fine-tuning from it, in one run."""
+
+    shorthand: ClassVar[str] = "epochs"
+
+    epochs: int = Field(default=0, ge=0)
+    """Epochs in which the head alone learns, before what ``train`` says does; 0: none."""
+    lr: float = Field(default=1e-2, gt=0)
+    """The highest learning rate of the probe."""
+
+
 class CheckpointRecipe(Recipe):
     """What is saved while training, and when."""
 
@@ -86,26 +121,41 @@ class FinetuneRecipe(Recipe):
     data: DataRecipe
     """The target domain: its train split learns, its val split (or a part held out) chooses the best."""
     model: str
-    """A torchvision name (`tldist models`), a bundle or run to go on from, or package.module:function."""
+    """A torchvision name (`tldist models`), timm/NAME, a bundle or run to go on from, or
+    package.module:function."""
     out: Free[Path]
     """The run folder: RUN/bundle is the result. The same command goes on where it stopped."""
     weights: str = "default"
     """default: the zoo's best pre-trained ones, or the bundle's own; none: random; the name of torchvision's
     enum (IMAGENET1K_V1); a .safetensors file, or a .pth that holds nothing but weights."""
     train: str = "all"
-    """What learns: head (a linear probe), last:N (the head and N blocks; `tldist layers M` lists them), all.
-    The rest is frozen, BatchNorm statistics and dropout too."""
+    """What learns: head (a linear probe), last:N (the head and N blocks; `tldist layers M` lists them), all,
+    or re:PATTERN (the parameters whose names it finds). The rest is frozen, BatchNorm statistics and dropout
+    too."""
+    unfreeze: tuple[str, ...] = ()
+    """Gradual unfreezing: EPOCH:WHAT, ..., from which epoch (counted from 0) what learns: 2:last:2,5:all."""
+    probe: ProbeRecipe = ProbeRecipe()
     head: Literal["reuse", "new"] = "reuse"
     """reuse: classes that the model knows by name keep their rows; new: the whole head starts afresh."""
     epochs: Extendable[int] = Field(default=10, ge=1)
     """Passes over the train split."""
+    patience: int | None = Field(default=None, ge=1)
+    """Stop after this many epochs without a better validation; none: take all epochs."""
     batch_size: int = Field(default=32, ge=1)
     """Images in one step over all processes together, whatever their number."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Cut each process's share of a step into this many pieces, to fit its memory."""
+    gradient_checkpointing: Free[bool] = False
+    """Compute the activations of each learning block again in the backward pass instead of keeping them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: the fastest of fp32 and bf16, channels_last or not, by a short trial on this model and machine;
-    written in the run and kept on resume."""
+    """auto: the fastest of fp32 and bf16, by a short trial on this model and machine; written in the run and
+    kept on resume."""
+    channels_last: Literal["auto", "true", "false"] = "auto"
+    """The memory layout of images and kernels; auto: by the same trial, or true on a GPU."""
+    compile: Free[bool] = False
+    """Compile what learns with torch.compile: minutes at the start, faster steps after."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the images of all processes (GPU only)."""
     seed: int = Field(default=0, ge=0)
     """Of everything random: order, augmentation, dropout, the new head."""
     image_size: int | None = Field(default=None, ge=8)
@@ -117,6 +167,13 @@ class FinetuneRecipe(Recipe):
     """Which weights become the bundle: the best on validation, or the last."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target probability that is spread over all classes (arXiv:1512.00567)."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: a sample's loss is weighted by the inverse frequency of its class (mean weight 1)."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights with this decay a step; it is what is measured and
+    becomes the bundle; none: the weights themselves."""
+    calibrate: bool = True
+    """Fit a temperature on validation (arXiv:1706.04599), stored in the bundle: probabilities use it."""
     optimizer: OptimizerRecipe = OptimizerRecipe()
     augment: AugmentRecipe = AugmentRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
@@ -128,7 +185,10 @@ class FinetuneRecipe(Recipe):
 
     @model_validator(mode="after")
     def _check_train(self) -> Self:
-        kind, _, number = self.train.partition(":")
-        if self.train not in ("head", "all") and not (kind == "last" and number.isdecimal()):
-            raise ValueError(f"train={self.train}: expected head, last:N or all")
+        if not _WHAT.fullmatch(self.train):
+            raise ValueError(f"train={self.train}: expected head, last:N, all or re:PATTERN")
+        for entry in self.unfreeze:
+            epoch, _, what = entry.partition(":")
+            if not epoch.isdecimal() or not _WHAT.fullmatch(what):
+                raise ValueError(f"unfreeze={entry}: expected EPOCH:WHAT, such as 2:last:2")
         return self

@@ -1,4 +1,4 @@
-"""Fine-tune: load, prepare, train, finish."""
+"""Fine-tune: load, prepare, plan, train phase by phase, finish."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from tldist import distributed
 from tldist.data.order import plan_steps
 from tldist.files import canonical_json
 from tldist.finetune.finish import finish, outcome_of
+from tldist.finetune.frozen import FrozenPart
+from tldist.finetune.inputs import load_inputs
+from tldist.finetune.job import Job, prepare
+from tldist.finetune.phases import Phase
 from tldist.finetune.plan import show_job
-from tldist.finetune.prepare import Job, load_features, load_inputs, prepare
 from tldist.finetune.recipe import FinetuneRecipe
+from tldist.finetune.stage import enter, plan_part
 from tldist.runs import Outcome, open_run, recorded
 from tldist.training.fit import fit
 from tldist.training.signals import StopFlag, stop_on_signals
@@ -32,24 +36,28 @@ def run(recipe: FinetuneRecipe) -> Outcome:
         return outcome_of(folder, f"{folder.path} is finished already.")
     with recorded(folder, team.is_main), stop_on_signals() as stop:
         job = prepare(recipe, team, folder, inputs)
-        show_job(job)
+        planned = [(phase, *plan_part(job, phase)) for phase in job.phases]
+        show_job(job, planned)
         begin = time.perf_counter()
-        load_features(job)
-        _train(job, stop)
+        for phase, part, _ in planned:
+            if not job.state.is_over and job.state.position.step < phase.last_epoch * job.state.epoch_steps:
+                _train(job, phase, part, stop)
         finish(job, time.perf_counter() - begin)
     return outcome_of(folder)
 
 
-def _train(job: Job, stop: StopFlag) -> None:
-    """All steps that are left."""
-    recipe = job.recipe
+def _train(job: Job, phase: Phase, part: FrozenPart | None, stop: StopFlag) -> None:
+    """All steps of a phase that are left."""
+    work = enter(job, phase, part)
+    if job.inputs.validation:
+        job.state.validate = lambda label: work.validate(job, label)
     plans = plan_steps(
         size=len(job.inputs.train),
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        epochs=recipe.epochs,
+        batch_size=job.recipe.batch_size,
+        seed=job.recipe.seed,
+        epochs=phase.last_epoch,
         first_step=job.state.position.step,
         rank=job.team.rank,
         ranks=job.team.size,
     )
-    fit(job.state, job.train_batches(plans), stop)
+    fit(job.state, work.learner, work.batches(job, plans), stop)

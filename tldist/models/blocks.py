@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -34,6 +35,10 @@ class Block:
         return name in self.parameters or any(
             name == module or name.startswith(f"{module}.") for module in self.modules
         )
+
+    def touches(self, path: str) -> bool:
+        """Whether the module at ``path`` is part of the block, or holds a parameter of it."""
+        return self.owns(path) or any(name.startswith(f"{path}.") for name in self.parameters)
 
 
 def cut_blocks(model: nn.Module) -> list[Block]:
@@ -76,28 +81,45 @@ def _opens_block(module: nn.Module) -> bool:
     return weight is not None and weight.dim() >= 2
 
 
-def trainable_blocks(blocks: list[Block], train: str) -> list[Block]:
-    """The blocks that learn.
+def trainable_blocks(model: nn.Module, blocks: list[Block], train: str) -> list[Block]:
+    """The parts that learn.
 
     Args:
+        model: the whole.
         blocks: as cut, the head last.
-        train: ``head``, ``last:N`` (the head and the N blocks before it) or ``all``.
+        train: ``head``, ``last:N`` (the head and the N blocks before it), ``all``, or ``re:PATTERN`` (the
+            parameters whose names the regular expression finds, and no others).
 
     Raises:
-        RecipeError: malformed, or more blocks than there are.
+        RecipeError: malformed, more blocks than there are, or a pattern that finds nothing.
     """
     if train == "all":
         return blocks
     if train == "head":
         return blocks[-1:]
-    kind, _, number = train.partition(":")
-    if kind == "last" and number.isdecimal():
-        if int(number) >= len(blocks):
+    kind, _, rest = train.partition(":")
+    if kind == "last" and rest.isdecimal():
+        if int(rest) >= len(blocks):
             raise RecipeError(
                 f"train={train}: the backbone has {len(blocks) - 1} blocks; use train=all to train them all."
             )
-        return blocks[-1 - int(number) :]
-    raise RecipeError(f"train={train}: expected head, last:N or all.")
+        return blocks[-1 - int(rest) :]
+    if kind == "re":
+        return [_matching(model, rest)]
+    raise RecipeError(f"train={train}: expected head, last:N, all or re:PATTERN.")
+
+
+def _matching(model: nn.Module, pattern: str) -> Block:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(f"train=re:{pattern}: not a regular expression: {error}.") from error
+    found = [name for name, _ in model.named_parameters() if expression.search(name)]
+    if not found:
+        names = [name for name, _ in model.named_parameters()]
+        shown = ", ".join([*names[:3], "...", *names[-2:]])
+        raise RecipeError(f"train=re:{pattern}: finds no parameter (there are {shown}).")
+    return Block(f"re:{pattern}", [], found)
 
 
 def freeze(model: nn.Module, learning: list[Block]) -> list[nn.Module]:
@@ -105,21 +127,31 @@ def freeze(model: nn.Module, learning: list[Block]) -> list[nn.Module]:
 
     Returns:
         The frozen modules, to be kept in evaluation mode: their BatchNorm statistics and dropout rest too.
+        A composite (stochastic depth, attention dropout) rests when nothing below it learns.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(block.owns(name) for block in learning))
-    leaves = [(path, module) for path, module in model.named_modules() if not any(module.children())]
-    containers = [(path, module) for path, module in model.named_modules() if any(module.children())]
-    frozen = [m for path, m in leaves if not any(block.owns(path) for block in learning)]
-    # A composite with behaviour of its own in training mode (stochastic depth, attention dropout) rests
-    # when nothing below it learns.
-    frozen += [
-        m
-        for path, m in containers
-        if path
-        and not any(block.owns(f"{path}.{n}") for block in learning for n, _ in m.named_modules() if n)
+    paths = [path for path, _ in model.named_modules()]
+    learns = {path for path in paths if any(block.touches(path) for block in learning)}
+    alive = {path for path in paths if any(path == live or live.startswith(f"{path}.") for live in learns)}
+    return [module for path, module in model.named_modules() if path and path not in alive]
+
+
+def frozen_tensors(model: nn.Module, frozen: list[nn.Module]) -> list[str]:
+    """Names in the state dict of what may not change: frozen parameters, and buffers of frozen modules."""
+    resting = {id(module) for module in frozen}
+    parameters = dict(model.named_parameters())
+    owners = {
+        f"{path}.{name}" if path else name: module
+        for path, module in model.named_modules()
+        for name, _ in module.named_buffers(recurse=False)
+    }
+    return [
+        name
+        for name in model.state_dict()
+        if (name in parameters and not parameters[name].requires_grad)
+        or (name in owners and id(owners[name]) in resting)
     ]
-    return frozen
 
 
 def training_mode(model: nn.Module, frozen: list[nn.Module]) -> None:

@@ -59,7 +59,7 @@ def _depends_on(graph: fx.Graph, learning: list[Block]) -> set[fx.Node]:
     moving: set[fx.Node] = set()
     for node in graph.nodes:
         named = node.op in ("call_module", "get_attr")
-        owned = named and any(block.owns(str(node.target)) for block in learning)
+        owned = named and any(block.touches(str(node.target)) for block in learning)
         if owned or node.op == "output" or any(source in moving for source in node.all_input_nodes):
             moving.add(node)
     return moving

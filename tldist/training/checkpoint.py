@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,16 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from tldist.bundle import verify_files
 from tldist.errors import BundleError
 from tldist.files import atomic_folder, read_json, remove_leftovers, sha256_file
 from tldist.models.load import save_tensors
 from tldist.progress import warn
-from tldist.training.optim import load_optimizer_tensors, optimizer_tensors
 
 MODEL, OPTIMIZER, STATE, COMMIT = "model.safetensors", "optimizer.safetensors", "state.json", "COMMIT"
+AVERAGE = "average.safetensors"
 
 
 @dataclass
@@ -62,6 +63,17 @@ class Checkpoint:
         """The tensors of `MODEL` or `OPTIMIZER`."""
         return load_file(self.path / name)
 
+    def result(self) -> dict[str, Tensor]:
+        """The weights to keep: the averaged ones where they are averaged."""
+        if not (self.path / AVERAGE).is_file():
+            return self.tensors(MODEL)
+        averaged = self.tensors(AVERAGE)
+        return {
+            name.removeprefix("module."): tensor
+            for name, tensor in averaged.items()
+            if name.startswith("module.")
+        }
+
     def is_whole(self) -> bool:
         """Whether every file is there and has the hash in the commit marker."""
         try:
@@ -73,14 +85,20 @@ class Checkpoint:
         return True
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, position: Position) -> Checkpoint:
-    """Write ``folder/step-N`` whole or not at all."""
+def save_checkpoint(folder: Path, state: Mapping[str, dict[str, Tensor]], position: Position) -> Checkpoint:
+    """Write ``folder/step-N`` whole or not at all.
+
+    Args:
+        folder: of all checkpoints.
+        state: tensors by file name (`MODEL`, `OPTIMIZER`, `AVERAGE`).
+        position: where the run stands.
+    """
     path = folder / f"step-{position.step:08d}"
     with atomic_folder(path) as temporary:
-        save_tensors(model.state_dict(), temporary / MODEL)
-        save_tensors(optimizer_tensors(optimizer, model), temporary / OPTIMIZER)
+        for name, tensors in state.items():
+            save_tensors(tensors, temporary / name)
         (temporary / STATE).write_text(json.dumps(asdict(position)), encoding="utf-8")
-        hashes = {name: sha256_file(temporary / name) for name in (MODEL, OPTIMIZER, STATE)}
+        hashes = {file.name: sha256_file(file) for file in sorted(temporary.iterdir())}
         (temporary / COMMIT).write_text(json.dumps(hashes), encoding="utf-8")
     return Checkpoint(path, position.step)
 
@@ -107,8 +125,8 @@ def retain(folder: Path, keep: int, best_step: int | None) -> None:
             shutil.rmtree(checkpoint.path)
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> Position:
-    """Load weights and optimiser state; returns where the run stood."""
+def restore_weights(checkpoint: Checkpoint, model: nn.Module, average: AveragedModel | None) -> None:
+    """Load the weights, and their average where it is kept."""
     model.load_state_dict(checkpoint.tensors(MODEL))
-    load_optimizer_tensors(optimizer, model, checkpoint.tensors(OPTIMIZER))
-    return checkpoint.position()
+    if average is not None:
+        average.load_state_dict(checkpoint.tensors(AVERAGE))

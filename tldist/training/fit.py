@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from tldist.data.loader import Batch
 from tldist.data.order import steps_per_epoch
@@ -16,11 +15,20 @@ from tldist.distributed import Team
 from tldist.errors import Preempted
 from tldist.progress import progress_bar, say
 from tldist.runs import CHECKPOINTS, RunFolder
-from tldist.training.checkpoint import Position, newest_checkpoint, restore, retain, save_checkpoint
+from tldist.training.checkpoint import (
+    OPTIMIZER,
+    Checkpoint,
+    Position,
+    newest_checkpoint,
+    restore_weights,
+)
 from tldist.training.ledger import Ledger
 from tldist.training.loop import Learner, Step, train
 from tldist.training.measure import Measurement
+from tldist.training.optim import load_optimizer_tensors
+from tldist.training.saver import Saver
 from tldist.training.signals import StopFlag
+from tldist.training.window import Window
 
 LOG_LINES = 200
 """About how many lines of training loss a run writes."""
@@ -31,7 +39,6 @@ class Fit:
     """A training under way.
 
     Attributes:
-        learner: what learns.
         folder: the run, for checkpoints and metrics.
         position: where it stands.
         ledger: broken images of the training domain.
@@ -40,10 +47,10 @@ class Fit:
         epochs: passes over the domain.
         validate: measures the model, given a label for its bar; None: the last weights are the best.
         every_steps: save after so many steps too.
-        keep: newest checkpoints that stay.
+        saver: writes checkpoints.
+        patience: epochs without a better measurement after which it ends; None: it takes all.
     """
 
-    learner: Learner
     folder: RunFolder
     position: Position
     ledger: Ledger
@@ -51,8 +58,9 @@ class Fit:
     batch_size: int
     epochs: int
     validate: Callable[[str], Measurement] | None
+    saver: Saver
     every_steps: int | None = None
-    keep: int = 2
+    patience: int | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -69,51 +77,85 @@ class Fit:
         """Steps of the whole training."""
         return self.epoch_steps * self.epochs
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are taken, or patience has run out."""
+        if self.position.step >= self.total_steps:
+            return True
+        if self.patience is None or self.position.best_step is None:
+            return False
+        return self.position.step - self.position.best_step >= self.patience * self.epoch_steps
 
-def resume(learner: Learner, folder: RunFolder) -> Position:
-    """Go on from the newest whole checkpoint, or start; called by all processes together."""
-    team, checkpoints = learner.team, folder.path / CHECKPOINTS
+
+def resume(
+    folder: RunFolder, team: Team, model: nn.Module, average: AveragedModel | None
+) -> tuple[Position, Checkpoint | None]:
+    """Load weights and their average from the newest whole checkpoint; called by all processes together.
+
+    Returns:
+        Where the run stands, and the checkpoint (for the optimiser's state), if there is one.
+    """
+    checkpoints = folder.path / CHECKPOINTS
     found = team.on_main(lambda: newest_checkpoint(checkpoints) if checkpoints.is_dir() else None)
-    position = Position() if found is None else restore(found, learner.model, learner.bare_optimizer)
-    if learner.accelerator.scaler is not None and position.scaler:
-        learner.accelerator.scaler.load_state_dict(position.scaler)
-    team.on_main(lambda: folder.rewind_metrics(position.step))
-    if found is not None:
-        say(f"goes on after step {position.step:,} ({found.path})")
-    return position
+    team.on_main(lambda: folder.rewind_metrics(found.step if found else 0))
+    if found is None:
+        return Position(), None
+    say(f"goes on after step {found.step:,} ({found.path})")
+    restore_weights(found, model, average)
+    return found.position(), found
 
 
-def fit(state: Fit, batches: Iterable[Batch], stop: StopFlag) -> None:
-    """Take all steps that are left.
+def restore_learner(checkpoint: Checkpoint, learner: Learner) -> None:
+    """Load the optimiser's state, and that of fp16's loss scaling."""
+    load_optimizer_tensors(learner.bare_optimizer, learner.model, checkpoint.tensors(OPTIMIZER))
+    scaler = checkpoint.position().scaler
+    if learner.accelerator.scaler is not None and scaler:
+        learner.accelerator.scaler.load_state_dict(scaler)
+
+
+def fit(state: Fit, learner: Learner, batches: Iterable[Batch], stop: StopFlag) -> None:
+    """Take the steps of ``batches``.
 
     Args:
         state: where the training stands; it is moved on.
+        learner: what learns.
         batches: this process's share of each step, from ``state.position.step`` on.
         stop: whether this process was asked to stop.
 
     Raises:
         Preempted: told to stop, and saved.
         DomainError: too many broken images.
+        Diverged: the loss is not a finite number.
     """
-    team, position = state.learner.team, state.position
-    window = _Window(team, max(1, state.total_steps // LOG_LINES))
+    try:
+        _take_steps(state, learner, batches, stop)
+    except Preempted:  # on all processes alike
+        learner.team.on_main(state.saver.wait)
+        raise
+    learner.team.on_main(state.saver.wait)
+
+
+def _take_steps(state: Fit, learner: Learner, batches: Iterable[Batch], stop: StopFlag) -> None:
+    team, position = learner.team, state.position
+    window = Window(state.folder, team, max(1, state.total_steps // LOG_LINES))
     with progress_bar(state.images * state.epochs, "img", state.folder.stage, position.samples) as bar:
-        for step in train(state.learner, _noting(batches, state.ledger), position.samples, stop):
+        for step in train(learner, _noting(batches, state.ledger), position.samples, stop):
             bar.update(step.samples - position.samples)
             position.step, position.samples = step.number, step.samples
-            line = window.add(step)
-            if line and team.is_main:
-                state.folder.log(**line)
-                bar.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
             epoch_ends = step.number % state.epoch_steps == 0
-            if epoch_ends:
-                state.ledger.settle(team)
-                _validate(state, step)
             stopping = bool(step.counts[1] > 0)
             due = state.every_steps is not None and step.number % state.every_steps == 0
+            loss = window.add(step, flush=epoch_ends or stopping or due)
+            if loss is not None:
+                bar.set_postfix_str(f"loss {loss:.3f}")
+            if epoch_ends:
+                state.ledger.settle(team)
+                _validate(state, learner, step)
             if epoch_ends or stopping or due:
-                _save(state)
-            if stopping and step.number < state.total_steps:
+                _save(state, learner)
+            if state.is_over:
+                return
+            if stopping:
                 raise Preempted(
                     f"told to stop; saved after step {step.number:,} of {state.total_steps:,} in "
                     f"{state.folder.path}. The same command goes on there."
@@ -126,61 +168,25 @@ def _noting(batches: Iterable[Batch], ledger: Ledger) -> Iterator[Batch]:
         yield batch
 
 
-def _validate(state: Fit, step: Step) -> None:
+def _validate(state: Fit, learner: Learner, step: Step) -> None:
     """Measure and remember the best: the highest accuracy, then the lowest loss, then the earliest."""
     if state.validate is None:
         return
-    found = state.validate(f"validate {step.epoch + 1}/{state.epochs}")
+    epoch = step.plan.epoch + 1
+    found = state.validate(f"validate {epoch}/{state.epochs}")
     best = state.position.best
     if best is None or (found.accuracy, -found.loss) > (best["accuracy"], -best["loss"]):
         state.position.best = {"step": step.number, "accuracy": found.accuracy, "loss": found.loss}
-    if state.learner.team.is_main:
-        state.folder.log(
-            step=step.number, epoch=step.epoch + 1, val_accuracy=found.accuracy, val_loss=found.loss
-        )
+    if learner.team.is_main:
+        state.folder.log(step=step.number, epoch=epoch, val_accuracy=found.accuracy, val_loss=found.loss)
 
 
-def _save(state: Fit) -> None:
-    """Save on the main process while the others wait; keep the newest and the best."""
-    position, learner = state.position, state.learner
+def _save(state: Fit, learner: Learner) -> None:
+    """Save on the main process; the others hear of an error of the save before."""
+    position = state.position
     position.broken = {str(index): reason for index, reason in state.ledger.found.items()}
     if learner.accelerator.scaler is not None:
         position.scaler = learner.accelerator.scaler.state_dict()
-
-    def save() -> None:
-        save_checkpoint(state.checkpoints, learner.model, learner.bare_optimizer, position)
-        retain(state.checkpoints, state.keep, position.best_step)
-
-    learner.team.on_main(save)
-
-
-class _Window:
-    """Mean loss and rate of the steps since the last log line, over all processes."""
-
-    def __init__(self, team: Team, every: int) -> None:
-        self.team, self.every = team, every
-        self._reset()
-
-    def _reset(self) -> None:
-        self.losses: list[torch.Tensor] = []
-        self.counts: list[torch.Tensor] = []
-        self.begin = time.perf_counter()
-
-    def add(self, step: Step) -> dict[str, Any] | None:
-        """A log line when one is due; called by all processes together."""
-        self.losses.append(step.loss_sum)
-        self.counts.append(step.counts[0])
-        if step.number % self.every:
-            return None
-        loss = self.team.sum(torch.stack(self.losses).sum())
-        count = float(torch.stack(self.counts).sum())
-        rate = count / (time.perf_counter() - self.begin)
-        self._reset()
-        return {
-            "step": step.number,
-            "epoch": step.epoch + 1,
-            "samples": step.samples,
-            "loss": float(loss) / max(1.0, count),
-            "lr": step.lr,
-            "images_per_second": round(rate, 2),
-        }
+    learner.team.on_main(
+        lambda: state.saver.save(learner.model, learner.bare_optimizer, learner.average, position)
+    )

@@ -6,22 +6,25 @@ Shapes: N images of this process's share of a step, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from tldist.data.loader import Batch
-from tldist.data.order import seed_of
+from tldist.data.order import StepPlan, seed_of
 from tldist.distributed import Team
 from tldist.models.blocks import training_mode
+from tldist.training.objective import Objective
+from tldist.training.optim import PullToStart
 from tldist.training.signals import StopFlag
 
-Objective = Callable[[Tensor, Tensor], Tensor]
-"""Logits (N, K) float32 and labels (N,) to the loss of each sample (N,)."""
+Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Images (N, ...) and labels (N,) to mixed images and label probabilities (N, K)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Learner:
 
     Attributes:
         model: the bare module.
-        wrapped: the same behind Accelerate (DDP, autocast).
+        wrapped: the part of it that runs in each step, behind Accelerate (DDP, autocast).
         optimizer: behind Accelerate.
         bare_optimizer: the same without it, for its state.
         accelerator, team: the job.
@@ -38,9 +41,12 @@ class Learner:
         objective: loss of each sample.
         to_input: the loader's images (or features) on the device to the input of ``wrapped``.
         learning_rate: samples seen to learning rate.
-        seed: of dropout.
+        seed: of dropout and mixing.
         pieces: into how many parts a process cuts its share of a step.
         clip: largest norm of the gradient.
+        mix: mixup or cutmix, on the batch, on the device.
+        pull: L2-SP.
+        average: exponential moving average of the weights.
     """
 
     model: nn.Module
@@ -56,6 +62,22 @@ class Learner:
     seed: int
     pieces: int = 1
     clip: float | None = None
+    mix: Mix | None = None
+    pull: PullToStart | None = None
+    average: AveragedModel | None = None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While inside, the model has the averaged weights, where they are kept."""
+        if self.average is None:
+            yield
+            return
+        own = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average.module.state_dict())
+        try:
+            yield
+        finally:
+            self.model.load_state_dict(own)
 
 
 @dataclass(frozen=True)
@@ -63,20 +85,23 @@ class Step:
     """What came of one step.
 
     Attributes:
-        number: steps done, this one included.
-        epoch: from 0.
+        plan: of this process.
         samples: samples seen over all processes, this step's included.
         loss_sum: float64 (), of this process's valid samples; on the device.
         counts: float64 (2,), over all processes: valid samples of the step, processes asked to stop.
         lr: the learning rate used.
     """
 
-    number: int
-    epoch: int
+    plan: StepPlan
     samples: int
     loss_sum: Tensor
     counts: Tensor
     lr: float
+
+    @property
+    def number(self) -> int:
+        """Steps done, this one included."""
+        return self.plan.step + 1
 
 
 def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFlag) -> Iterator[Step]:
@@ -95,11 +120,11 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
         assert plan is not None, "training batches carry their step"
         if not learner.model.training:  # at the start, and after a measurement
             training_mode(learner.model, learner.frozen)
-        # Dropout depends on (seed, step, rank) alone, so that nothing random has to be saved.
+        # Dropout and mixing depend on (seed, step, rank) alone, so that nothing random has to be saved.
         torch.manual_seed(seed_of("dropout", learner.seed, plan.step, learner.team.rank))
         lr = learner.learning_rate(samples + plan.total / 2)
         for group in learner.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
 
         counts = torch.tensor([batch.valid.sum(), stop.requested], dtype=torch.float64).to(device)
         learner.team.sum(counts)
@@ -108,35 +133,41 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
         scale = (learner.team.size / counts[0].clamp(min=1)).float()
 
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for images, labels, valid, last in _pieces(batch, learner.pieces, device):
+        for images, labels, weight, last in _pieces(batch, learner.pieces, device):
+            inputs: Tensor = learner.to_input(images)
+            targets = labels
+            if learner.mix is not None:
+                inputs, targets = learner.mix(inputs, labels)
             with nullcontext() if last else learner.accelerator.no_sync(learner.wrapped):
-                logits = learner.wrapped(learner.to_input(images))
-                losses = learner.objective(logits.float(), labels) * valid
+                losses = learner.objective(learner.wrapped(inputs).float(), targets) * weight
                 learner.accelerator.backward(losses.sum() * scale)
             loss_sum += losses.detach().double().sum()
+        if learner.pull is not None:
+            learner.pull()
         if learner.clip is not None:
             learner.accelerator.clip_grad_norm_(learner.wrapped.parameters(), learner.clip)
         learner.optimizer.step()
         learner.optimizer.zero_grad(set_to_none=True)
+        if learner.average is not None:
+            learner.average.update_parameters(learner.model)
 
         samples += plan.total
-        yield Step(plan.step + 1, plan.epoch, samples, loss_sum, counts, lr)
+        yield Step(plan, samples, loss_sum, counts, lr)
 
 
-def _pieces(batch: Batch, pieces: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
-    """Cut a batch for gradient accumulation: images, labels, valid, and whether it is the last piece."""
-    images = batch.images.to(device, non_blocking=True)
-    labels = batch.labels.to(device, non_blocking=True).clamp(min=0)
-    valid = batch.valid.to(device, non_blocking=True)
+def _pieces(batch: Batch, pieces: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
+    """Cut a batch for gradient accumulation: images, labels, weight, and whether it is the last piece.
+
+    Broken images are left out; where nothing is left, one image of weight 0 keeps the process in step.
+    """
+    images, labels, weight = batch.images, batch.labels.clamp(min=0), 1.0
+    if not batch.valid.all():
+        kept = batch.valid if batch.valid.any() else slice(0, 1)
+        weight = 1.0 if batch.valid.any() else 0.0
+        images, labels = images[kept], labels[kept]
+    images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
     size = -(-len(images) // pieces)
     starts = range(0, len(images), size)
     for start in starts:
         part = slice(start, start + size)
-        yield images[part], labels[part], valid[part], start == starts[-1]
-
-
-def cross_entropy(label_smoothing: float) -> Objective:
-    """Cross-entropy of each sample, with the target spread by ``label_smoothing`` (arXiv:1512.00567)."""
-    return lambda logits, labels: nn.functional.cross_entropy(
-        logits, labels, reduction="none", label_smoothing=label_smoothing
-    )
+        yield images[part], labels[part], weight, start == starts[-1]

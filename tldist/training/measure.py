@@ -36,6 +36,8 @@ class Measurement:
         broken: images that could not be decoded.
         classes: names, in the model's order.
         confusion: int64 (K, K): rows are true classes, columns predicted ones.
+        top5: share of images whose class is among the five best answers.
+        logits, labels: float32 (N, K) and int64 (N,) in the domain's order, where they were asked for.
     """
 
     accuracy: float
@@ -44,6 +46,9 @@ class Measurement:
     broken: int
     classes: tuple[str, ...]
     confusion: np.ndarray
+    top5: float
+    logits: Tensor | None = None
+    labels: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data, with the accuracy of each class that occurs."""
@@ -55,6 +60,7 @@ class Measurement:
         }
         return {
             "accuracy": self.accuracy,
+            "top5": self.top5,
             "loss": self.loss,
             "count": self.count,
             "broken": self.broken,
@@ -86,6 +92,7 @@ def measure(
     ledger_file: Path | None = None,
     label: str = "evaluate",
     load: Callable[[Sequence[np.ndarray]], Iterable[Batch]] | None = None,
+    keep_logits: bool = False,
 ) -> Measurement:
     """Measure a classifier on a labelled domain; called by all processes together.
 
@@ -100,6 +107,7 @@ def measure(
         ledger_file: where broken images are listed.
         label: of the progress bar.
         load: gives the batches of positions (cached features); None: the images are decoded.
+        keep_logits: hand over the logits of all images too.
 
     Raises:
         DomainError: no labels, classes that the model does not know, or too many broken images.
@@ -115,30 +123,36 @@ def measure(
         for batch in batches:
             ledger.add(batch.broken)
             logits = predict(batch.images.to(team.device)).double().cpu()
-            losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-            found = torch.stack(
-                [batch.indices.double(), batch.labels.double(), logits.argmax(1).double(), losses], 1
-            )
-            rows.append(found[batch.valid].numpy())
+            found = _row_of_each(batch, logits)
+            rows.append((torch.cat([found, logits], 1) if keep_logits else found)[batch.valid].numpy())
             bar.update(len(batch.indices) * team.size)
     broken = ledger.settle(team)
-    mine = np.concatenate(rows) if rows else np.zeros((0, 4))
-    table = np.concatenate(team.gather(mine))
-    table = table[np.argsort(table[:, 0], kind="stable")]
-    truth, answer = torch.from_numpy(table[:, 1]).long(), torch.from_numpy(table[:, 2]).long()
-    count = len(table)
-    if not count:
+    parts = [part for part in team.gather(np.concatenate(rows) if rows else None) if part is not None]
+    if not parts or not sum(map(len, parts)):
         raise DomainError(f"{domain.name}: no image could be decoded.")
+    table = np.concatenate(parts)
+    table = table[np.argsort(table[:, 0], kind="stable")]
     _check_finite(table, domain)
-    confusion = multiclass_confusion_matrix(answer, truth, num_classes=len(classes)).numpy()
+    truth, answer = torch.from_numpy(table[:, 1]).long(), torch.from_numpy(table[:, 2]).long()
     return Measurement(
         accuracy=float((truth == answer).double().mean()),
         loss=float(table[:, 3].mean()),
-        count=count,
+        count=len(table),
         broken=broken,
         classes=tuple(classes),
-        confusion=confusion,
+        confusion=multiclass_confusion_matrix(answer, truth, num_classes=len(classes)).numpy(),
+        top5=float((table[:, 4] < 5).mean()),
+        logits=torch.from_numpy(table[:, 5:]).float() if keep_logits else None,
+        labels=truth if keep_logits else None,
     )
+
+
+def _row_of_each(batch: Batch, logits: Tensor) -> Tensor:
+    """float64 (N, 5): position, label, answer, loss, and how many classes score above the right one."""
+    losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    above = (logits > logits.gather(1, batch.labels[:, None])).sum(1)
+    columns = [batch.indices, batch.labels, logits.argmax(1), losses, above]
+    return torch.stack([column.double() for column in columns], 1)
 
 
 def _check_finite(table: np.ndarray, domain: Domain) -> None:

@@ -44,6 +44,7 @@ class Numerics:
 
 def settle_numerics(
     asked: str,
+    layout: str,
     file: Path,
     model: nn.Module,
     frozen: list[nn.Module],
@@ -55,6 +56,7 @@ def settle_numerics(
 
     Args:
         asked: the recipe's ``precision``.
+        layout: the recipe's ``channels_last``: auto, true or false.
         file: where the choice is written, and read on resume.
         model: on the CPU or the device; it is not changed.
         frozen: its frozen modules.
@@ -66,7 +68,7 @@ def settle_numerics(
     def decide() -> Numerics:
         if file.is_file():
             return Numerics(**read_json(file, RecipeError, "precision of a run"))
-        chosen = _decide(asked, model, frozen, size, team, min(batch, TRIAL_BATCH))
+        chosen = _decide(asked, layout, model, frozen, size, team, min(batch, TRIAL_BATCH))
         write_json(file, asdict(chosen))
         return chosen
 
@@ -74,26 +76,32 @@ def settle_numerics(
 
 
 def _decide(
-    asked: str, model: nn.Module, frozen: list[nn.Module], size: tuple[int, int], team: Team, batch: int
+    asked: str,
+    layout: str,
+    model: nn.Module,
+    frozen: list[nn.Module],
+    size: tuple[int, int],
+    team: Team,
+    batch: int,
 ) -> Numerics:
     fixed = launcher_precision() if asked == "auto" else asked
+    on_gpu = team.device.type == "cuda"
     if fixed is not None:
+        # No trial: what is asked for by name gives the same numbers each time.
         check_precision(fixed, team.device)
         reason = "as the recipe asks" if asked != "auto" else "as the launcher's configuration asks"
-        return Numerics(fixed, team.device.type == "cuda", reason, {})  # type: ignore[arg-type]
-    if not any(parameter.dim() == 4 for parameter in model.parameters()):
-        layouts = [False]  # nothing to lay out
-    else:
-        layouts = [False, True]
+        return Numerics(fixed, on_gpu if layout == "auto" else layout == "true", reason, {})  # type: ignore[arg-type]
+    lays_out = any(parameter.dim() == 4 for parameter in model.parameters())
+    layouts = [layout == "true"] if layout != "auto" else [False, True] if lays_out else [False]
     formats: list[Precision] = ["fp32"]
-    if team.device.type == "cpu" or torch.cuda.is_bf16_supported():
+    if not on_gpu or torch.cuda.is_bf16_supported():
         formats.append("bf16")
-    variants = [(precision, layout) for precision in formats for layout in layouts]
+    variants = [(precision, channels_last) for precision in formats for channels_last in layouts]
     times = {variant: time_steps(model, frozen, size, team.device, batch, *variant) for variant in variants}
-    (precision, layout), best = min(times.items(), key=lambda item: item[1])
+    (precision, channels_last), best = min(times.items(), key=lambda item: item[1])
     named = {f"{p}{' channels_last' if c else ''}": round(1000 * t, 2) for (p, c), t in times.items()}
     reason = f"the fastest of {len(named)} by trial: {1000 * best:.1f} ms a step of {batch} images"
-    return Numerics(precision, layout, reason, named)
+    return Numerics(precision, channels_last, reason, named)
 
 
 def time_steps(

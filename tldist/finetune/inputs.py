@@ -1,0 +1,59 @@
+"""What a fine-tuning starts from: domains, classes, and a model with its head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tldist.data.order import seed_of
+from tldist.domain import Domain
+from tldist.files import sha256_text
+from tldist.finetune.domains import split_domains
+from tldist.finetune.recipe import FinetuneRecipe
+from tldist.models.load import Start, hash_tensors, start_model
+from tldist.runtime.preprocess import Preprocessing
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a fine-tuning starts from.
+
+    Attributes:
+        train, validation: the domains; no validation where nothing is held out.
+        classes: of the task.
+        start: the model with its head.
+    """
+
+    train: Domain
+    validation: Domain | None
+    classes: tuple[str, ...]
+    start: Start
+
+    @property
+    def how(self) -> Preprocessing:
+        """The model's preprocessing."""
+        return self.start.config.preprocessing
+
+    def fingerprints(self) -> dict[str, str]:
+        """What identifies them, besides the recipe."""
+        held = self.validation.fingerprint if self.validation else ""
+        return {
+            "data": sha256_text(self.train.fingerprint + held),
+            "model": hash_tensors(self.start.model.state_dict()),
+        }
+
+
+def load_inputs(recipe: FinetuneRecipe) -> Inputs:
+    """Open the domains and build the model; the new head depends on the seed alone."""
+    train, validation, classes = split_domains(recipe.data, recipe.validation, recipe.seed)
+    torch.manual_seed(seed_of("init", recipe.seed))
+    start = start_model(
+        recipe.model,
+        recipe.weights,
+        classes,
+        image_size=recipe.image_size,
+        new_head=recipe.head == "new",
+        trust_code=recipe.trust_code,
+    )
+    return Inputs(train, validation, classes, start)

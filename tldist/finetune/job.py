@@ -1,0 +1,184 @@
+"""A fine-tuning, prepared: what all its phases share, and how it is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from tldist.data.loader import num_workers
+from tldist.distributed import Team
+from tldist.errors import MachineError
+from tldist.finetune.frozen import CachedFeatures, FrozenPart
+from tldist.finetune.inputs import Inputs
+from tldist.finetune.phases import Phase, plan_phases, total_epochs
+from tldist.finetune.recipe import FinetuneRecipe
+from tldist.models.blocks import Block, cut_blocks, freeze, frozen_tensors, trainable_blocks
+from tldist.models.load import hash_tensors
+from tldist.runs import CHECKPOINTS, RunFolder
+from tldist.training.checkpoint import Checkpoint, Position
+from tldist.training.fit import Fit, resume
+from tldist.training.ledger import LEDGER, Ledger
+from tldist.training.measure import Measurement, measure, predictor
+from tldist.training.optim import PullToStart
+from tldist.training.precision import Numerics, settle_numerics
+from tldist.training.saver import Saver
+
+
+@dataclass
+class Job:
+    """A fine-tuning, prepared.
+
+    Attributes:
+        recipe, team, folder, inputs: what it was prepared from.
+        phases: what learns when.
+        blocks: of the model, the head last.
+        numerics: how it computes.
+        workers: decoding processes of each process.
+        frozen_names: parameters and buffers that no phase may change.
+        frozen_before: their hash.
+        pull, average: L2-SP and the moving average of the weights, over all phases.
+        state: where the training stands.
+        resumed: the checkpoint that it goes on from, until its optimiser's state is taken over.
+    """
+
+    recipe: FinetuneRecipe
+    team: Team
+    folder: RunFolder
+    inputs: Inputs
+    phases: list[Phase]
+    blocks: list[Block]
+    numerics: Numerics
+    workers: int
+    frozen_names: list[str]
+    frozen_before: str
+    pull: PullToStart | None
+    average: AveragedModel | None
+    state: Fit
+    resumed: Checkpoint | None
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare module, whole."""
+        return self.inputs.start.model
+
+    def learning(self, phase: Phase) -> list[Block]:
+        """The blocks that learn in a phase."""
+        return trainable_blocks(self.model, self.blocks, phase.train)
+
+    def measure(self, precision: str, label: str, *, keep_logits: bool = False) -> Measurement:
+        """Measure the whole model as it is now on validation; called by all processes together."""
+        assert self.inputs.validation is not None
+        self.team.same_buffers(self.model)
+        return measure(
+            predictor(
+                self.model, self.inputs.how, precision=precision, channels_last=self.numerics.channels_last
+            ),
+            self.inputs.validation,
+            self.inputs.classes,
+            self.inputs.how,
+            self.team,
+            workers=self.workers,
+            label=label,
+            keep_logits=keep_logits,
+        )
+
+    def measure_cached(self, part: FrozenPart, features: CachedFeatures, label: str) -> Measurement:
+        """The same from cached features of the frozen part."""
+        assert self.inputs.validation is not None
+
+        @torch.no_grad()
+        def predict(batch: Tensor) -> Tensor:
+            self.model.eval()
+            logits: Tensor = part.suffix(batch)
+            return logits.float()
+
+        self.team.same_buffers(self.model)
+        return measure(
+            predict,
+            self.inputs.validation,
+            self.inputs.classes,
+            self.inputs.how,
+            self.team,
+            label=label,
+            load=features.batches,
+        )
+
+
+def prepare(recipe: FinetuneRecipe, team: Team, folder: RunFolder, inputs: Inputs) -> Job:
+    """Plan the phases, note what stays frozen, choose the numerics.
+
+    Raises:
+        RecipeError: what shall learn cannot.
+        MachineError: this machine cannot do what is asked.
+    """
+    model, how = inputs.start.model.to(team.device), inputs.how
+    if recipe.sync_batchnorm:
+        if team.device.type == "cpu":
+            raise MachineError(
+                "sync_batchnorm=true needs GPUs: PyTorch has none for CPUs. Leave it out here."
+            )
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    phases, blocks = plan_phases(recipe), cut_blocks(model)
+    resting = [
+        frozen_tensors(model, freeze(model, trainable_blocks(model, blocks, phase.train))) for phase in phases
+    ]
+    frozen_names = [name for name in resting[0] if all(name in names for names in resting[1:])]
+    last = freeze(model, trainable_blocks(model, blocks, phases[-1].train))
+    share = -(-recipe.batch_size // (team.size * recipe.gradient_accumulation))
+    numerics = settle_numerics(
+        recipe.precision,
+        recipe.channels_last,
+        folder.path / "precision.json",
+        model,
+        last,
+        (how.height, how.width),
+        team,
+        share,
+    )
+    model.to(memory_format=numerics.memory_format)
+    backbone = [name for name, _ in model.named_parameters() if not blocks[-1].owns(name)]
+    frozen_before = hash_tensors(model.state_dict(), frozen_names)
+    strength = recipe.optimizer.l2_sp
+    pull = PullToStart(model, backbone, strength) if strength else None
+    average = _average(model, recipe.ema) if recipe.ema else None
+    position, resumed = resume(folder, team, model, average)
+    return Job(
+        recipe=recipe,
+        team=team,
+        folder=folder,
+        inputs=inputs,
+        phases=phases,
+        blocks=blocks,
+        numerics=numerics,
+        workers=num_workers(recipe.workers, team.local_size),
+        frozen_names=frozen_names,
+        frozen_before=frozen_before,
+        pull=pull,
+        average=average,
+        state=_state(recipe, folder, inputs, position),
+        resumed=resumed,
+    )
+
+
+def _average(model: nn.Module, decay: float) -> AveragedModel:
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _state(recipe: FinetuneRecipe, folder: RunFolder, inputs: Inputs, position: Position) -> Fit:
+    ledger = Ledger(inputs.train, folder.path / LEDGER)
+    ledger.found = {int(index): reason for index, reason in position.broken.items()}
+    return Fit(
+        folder=folder,
+        position=position,
+        ledger=ledger,
+        images=len(inputs.train),
+        batch_size=recipe.batch_size,
+        epochs=total_epochs(recipe),
+        validate=None,
+        every_steps=recipe.checkpoint.every_steps,
+        saver=Saver(folder.path / CHECKPOINTS, recipe.checkpoint.keep),
+        patience=recipe.patience,
+    )

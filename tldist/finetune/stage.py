@@ -1,0 +1,173 @@
+"""One phase of a fine-tuning: its learner, its frozen part, its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tldist.data.loader import Batch, load_batches
+from tldist.data.order import StepPlan
+from tldist.domain import Domain
+from tldist.finetune.frozen import CachedFeatures, FrozenPart, augmentation_of, load_frozen, plan_frozen
+from tldist.finetune.job import Job
+from tldist.finetune.phases import Phase
+from tldist.models.blocks import Block, freeze, frozen_tensors
+from tldist.models.load import input_tensor
+from tldist.training.fit import restore_learner
+from tldist.training.loop import Learner
+from tldist.training.measure import Measurement
+from tldist.training.objective import balanced_weights, build_mix, cross_entropy
+from tldist.training.optim import build_optimizer, layer_scales, learning_rate
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the steps of one phase need.
+
+    Attributes:
+        learner: what learns.
+        train, validation: features in the place of images, where the frozen part is computed once.
+    """
+
+    learner: Learner
+    train: CachedFeatures | None
+    validation: CachedFeatures | None
+    part: FrozenPart | None
+
+    def batches(self, job: Job, plans: Iterable[StepPlan]) -> Iterator[Batch]:
+        """Batches of the train domain: decoded and augmented images, or cached features."""
+        if self.train:
+            return self.train.batches(plans)
+        return load_batches(
+            job.inputs.train,
+            plans,
+            job.inputs.how,
+            classes=job.inputs.classes,
+            augmentation=augmentation_of(job.recipe),
+            views=job.recipe.augment.views,
+            seed=job.recipe.seed,
+            workers=job.workers,
+        )
+
+    def validate(self, job: Job, label: str) -> Measurement:
+        """Measure what would be kept now, from cached features where there are some."""
+        with self.learner.averaged():
+            if self.part and self.validation:
+                return job.measure_cached(self.part, self.validation, label)
+            return job.measure(job.numerics.precision, label)
+
+
+def plan_part(job: Job, phase: Phase) -> tuple[FrozenPart | None, str]:
+    """Whether a phase's frozen part is computed once, and why or why not; the same on all processes."""
+    learning = job.learning(phase)
+    if not frozen_tensors(job.model, freeze(job.model, learning)):
+        return None, ""
+    images = (len(job.inputs.train), len(job.inputs.validation) if job.inputs.validation else 0)
+    epochs = phase.last_epoch - phase.first_epoch
+    part, words = plan_frozen(job.recipe, epochs, job.model, job.blocks, learning, job.inputs.how, images)
+    refusals = [other for able, other in job.team.gather((part is not None, words)) if not able]
+    return (None, refusals[0]) if refusals else (part, words)
+
+
+def enter(job: Job, phase: Phase, part: FrozenPart | None) -> Work:
+    """Freeze, build the learner, compute the frozen part or find it computed."""
+    learning = job.learning(phase)
+    frozen = freeze(job.model, learning)
+    learner = _build_learner(job, phase, learning, frozen, part)
+    if job.resumed is not None and job.resumed.step > phase.first_epoch * job.state.epoch_steps:
+        restore_learner(job.resumed, learner)
+    job.resumed = None
+    train = _load(job, part, job.inputs.train, True) if part else None
+    held = job.inputs.validation
+    validation = _load(job, part, held, False) if part and held else None
+    return Work(learner, train, validation, part)
+
+
+def _load(job: Job, part: FrozenPart, domain: Domain, training: bool) -> CachedFeatures:
+    return load_frozen(
+        part,
+        job.recipe,
+        domain,
+        job.inputs.classes,
+        job.inputs.how,
+        job.numerics,
+        job.team,
+        training=training,
+        workers=job.workers,
+    )
+
+
+def _build_learner(
+    job: Job, phase: Phase, learning: list[Block], frozen: list[nn.Module], part: FrozenPart | None
+) -> Learner:
+    recipe, rule, model, how = job.recipe, job.recipe.optimizer, job.model, job.inputs.how
+    pulled = job.pull is not None and phase.train != "head"
+    optimizer = build_optimizer(
+        model,
+        name=rule.name,
+        lr=phase.lr,
+        weight_decay=rule.weight_decay,
+        momentum=rule.momentum,
+        scales=layer_scales(model, job.blocks, rule.layer_decay) if rule.layer_decay else None,
+        undecayed=_backbone_names(job) if pulled else frozenset(),
+    )
+    runs = part.suffix if part else model
+    if recipe.gradient_checkpointing:
+        _recompute(model, learning)
+    accelerator = job.team.accelerator(job.numerics.precision)
+    wrapped, wrapped_optimizer = accelerator.prepare(
+        torch.compile(runs) if recipe.compile else runs, optimizer
+    )
+    to_input: Callable[[Tensor], Tensor] = (
+        (lambda features: features)
+        if part
+        else (lambda images: input_tensor(images, how, job.numerics.memory_format))
+    )
+    first, total = (len(job.inputs.train) * n for n in (phase.schedule_first, phase.schedule_last))
+    return Learner(
+        model=model,
+        wrapped=wrapped,
+        optimizer=wrapped_optimizer,
+        bare_optimizer=optimizer,
+        accelerator=accelerator,
+        team=job.team,
+        frozen=frozen,
+        objective=cross_entropy(recipe.label_smoothing, _class_weights(job)),
+        to_input=to_input,
+        learning_rate=lambda samples: learning_rate(
+            samples - first, total - first, phase.lr, rule.warmup, rule.schedule
+        ),
+        seed=recipe.seed,
+        pieces=recipe.gradient_accumulation,
+        clip=rule.clip,
+        mix=build_mix(recipe.augment.mixup, recipe.augment.cutmix, len(job.inputs.classes))
+        if recipe.augment.mixes
+        else None,
+        pull=job.pull if pulled else None,
+        average=job.average,
+    )
+
+
+def _backbone_names(job: Job) -> frozenset[str]:
+    return frozenset(name for name, _ in job.model.named_parameters() if not job.blocks[-1].owns(name))
+
+
+def _class_weights(job: Job) -> Tensor | None:
+    if job.recipe.class_weights == "none":
+        return None
+    labels = job.inputs.train.labels_in(job.inputs.classes)
+    return balanced_weights(labels, len(job.inputs.classes)).to(job.team.device)
+
+
+def _recompute(model: nn.Module, learning: list[Block]) -> None:
+    """Let the composite modules of the blocks that learn keep no activations (torch.utils.checkpoint)."""
+    for path in [path for block in learning for path in block.modules]:
+        module = model.get_submodule(path)
+        if any(True for _ in module.children()) and not hasattr(module, "_tldist_recomputes"):
+            forward = module.forward
+            module._tldist_recomputes = True  # type: ignore[assignment]
+            module.forward = lambda *args, run=forward: checkpoint(run, *args, use_reentrant=False)

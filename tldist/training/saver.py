@@ -1,0 +1,64 @@
+"""Saving beside the training: the loop waits for a copy in memory, a thread waits for the disk."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from tldist.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Position, retain, save_checkpoint
+from tldist.training.optim import optimizer_tensors
+
+State = dict[str, dict[str, Tensor]]
+
+
+class Saver:
+    """Writes checkpoints of one run, one at a time, on the main process.
+
+    Args:
+        folder: where they lie.
+        keep: newest checkpoints that stay, besides the best.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+        self._buffers: State = {}
+
+    def save(
+        self, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None, position: Position
+    ) -> None:
+        """Copy the state and return; it is written meanwhile. An error of the save before is raised here."""
+        self.wait()
+        state: State = {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(optimizer, model)}
+        if average is not None:
+            state[AVERAGE] = average.state_dict()
+        self._buffers = {name: self._copy(name, tensors) for name, tensors in state.items()}
+        self._writing = self._thread.submit(self._write, self._buffers, copy.deepcopy(position))
+
+    def wait(self) -> None:
+        """Wait until what was saved is on disk; its error is raised here."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _copy(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy to the CPU, into the memory of the last save where it fits (fresh memory is slower)."""
+        old = self._buffers.get(name, {})
+        copies = {}
+        for key, tensor in tensors.items():
+            buffer = old.get(key)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
+            copies[key] = buffer.copy_(tensor.detach())
+        return copies
+
+    def _write(self, state: State, position: Position) -> None:
+        save_checkpoint(self.folder, state, position)
+        retain(self.folder, self.keep, position.best_step)

@@ -1,0 +1,74 @@
+"""Mean loss and rate since the last log line; a loss that is not finite is found with its step and images."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from tldist.distributed import Team
+from tldist.errors import Diverged
+from tldist.files import write_json
+from tldist.runs import RunFolder
+from tldist.training.loop import Step
+
+
+class Window:
+    """The steps since the last log line, over all processes.
+
+    Args:
+        folder: where lines are logged.
+        team: the processes; all call together.
+        every: steps of a line.
+    """
+
+    def __init__(self, folder: RunFolder, team: Team, every: int) -> None:
+        self.folder, self.team, self.every = folder, team, every
+        self.steps: list[Step] = []
+        self.begin = time.perf_counter()
+
+    def add(self, step: Step, flush: bool) -> float | None:
+        """Note a step; where a line is due, log it and return its mean loss.
+
+        Args:
+            step: what came of it.
+            flush: check the losses now (something is about to be saved).
+
+        Raises:
+            Diverged: a loss is not finite.
+        """
+        self.steps.append(step)
+        if not flush and step.number % self.every:
+            return None
+        total = self.team.sum(torch.stack([done.loss_sum for done in self.steps]))
+        counts = torch.stack([done.counts[0] for done in self.steps])
+        if not bool(torch.isfinite(total).all()):
+            self._explain(self.steps[int((~torch.isfinite(total)).nonzero()[0])])
+        count = float(counts.sum())
+        loss = float(total.sum()) / max(1.0, count)
+        rate = count / (time.perf_counter() - self.begin)
+        if self.team.is_main:
+            self.folder.log(
+                step=step.number,
+                epoch=step.plan.epoch + 1,
+                samples=step.samples,
+                loss=loss,
+                lr=step.lr,
+                images_per_second=round(rate, 2),
+            )
+        self.steps, self.begin = [], time.perf_counter()
+        return loss
+
+    def _explain(self, step: Step) -> None:
+        """Name the first bad step and its images; the same command reaches it again."""
+        indices = [int(i) for part in self.team.gather(step.plan.indices.tolist()) for i in part]
+        record = self.folder.path / f"not_finite-step-{step.number:08d}.json"
+        found = {"step": step.number, "epoch": step.plan.epoch + 1, "lr": step.lr, "positions": indices}
+        if self.team.is_main:
+            write_json(record, found)
+        raise Diverged(
+            f"the loss of step {step.number} is not finite (learning rate {step.lr:.3g}, images at positions "
+            f"{', '.join(map(str, indices[:8]))}{', ...' if len(indices) > 8 else ''} of the domain; all in "
+            f"{record}). Nothing after the last checkpoint was saved: the same command goes on from there "
+            f"and comes to the same step. Lower optimizer.lr, or set optimizer.clip."
+        )
