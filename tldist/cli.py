@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 from tldist import __version__
 
 if TYPE_CHECKING:
+    from tldist.errors import TldistError
     from tldist.recipe import Recipe
     from tldist.runs import Outcome
     from tldist.stages import Stage
@@ -36,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         _print_error(f"error: {error}")
+        if options.json:
+            _print_failure(options.command, error)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output has gone (tldist ... | head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         if options.debug:
             raise
@@ -90,6 +97,14 @@ def _run(options: argparse.Namespace) -> int:
 
         print(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         return 0
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not stage.distributed:
+        from tldist.errors import MachineError
+
+        raise MachineError(
+            f"`tldist {options.command}` runs in one process; a launcher started {processes}. "
+            f"Run it without accelerate launch."
+        )
     outcome = _import_work(stage)(recipe)
     _print_outcome(outcome, options.json)
     return 0 if outcome.passed else 1
@@ -119,6 +134,14 @@ def _print_outcome(outcome: Outcome, as_json: bool) -> None:
         say(f"next:   {outcome.next_command}")
     if as_json:
         say(outcome.to_json())
+
+
+def _print_failure(command: str | None, error: TldistError) -> None:
+    """The verdict of a stage that did not end well, as the last line."""
+    from tldist.progress import say
+
+    status = "preempted" if error.exit_code == 75 else "failed"
+    say(json.dumps({"stage": command, "status": status, "error": str(error), "exit_code": error.exit_code}))
 
 
 def _print_error(text: str) -> None:

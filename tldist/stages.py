@@ -24,6 +24,7 @@ class Stage:
         recipe: ``module:class`` of the settings (imports no torch).
         work: ``module:function`` that takes the recipe and returns an `Outcome`.
         extra: the extra of tldist that it needs, if any.
+        distributed: whether several processes share its work.
     """
 
     sentence: str
@@ -31,6 +32,7 @@ class Stage:
     recipe: str
     work: str
     extra: str | None = None
+    distributed: bool = False
 
 
 STAGES: dict[str, Stage] = {
@@ -40,6 +42,7 @@ STAGES: dict[str, Stage] = {
         "tldist.finetune.recipe:FinetuneRecipe",
         "tldist.finetune.run:run",
         "train",
+        distributed=True,
     ),
     "evaluate": Stage(
         "measure a bundle or a package on a labelled domain",
@@ -47,6 +50,7 @@ STAGES: dict[str, Stage] = {
         "tldist.evaluate.recipe:EvaluateRecipe",
         "tldist.evaluate.run:run",
         "train",
+        distributed=True,
     ),
     "fuse": Stage(
         "merge several bundles into one",
@@ -54,6 +58,7 @@ STAGES: dict[str, Stage] = {
         "tldist.fuse.recipe:FuseRecipe",
         "tldist.fuse.run:run",
         "train",
+        distributed=True,
     ),
     "align": Stage(
         "map source and target features into a common space",
@@ -61,6 +66,7 @@ STAGES: dict[str, Stage] = {
         "tldist.align.recipe:AlignRecipe",
         "tldist.align.run:run",
         "train",
+        distributed=True,
     ),
     "export": Stage(
         "turn a bundle into an ONNX package, gated by parity",
@@ -81,6 +87,7 @@ STAGES: dict[str, Stage] = {
         "tldist.embed.recipe:EmbedRecipe",
         "tldist.embed.run:run",
         "embed",
+        distributed=True,
     ),
     "report": Stage(
         "one self-contained HTML page from runs and packages",
@@ -101,6 +108,7 @@ STAGES: dict[str, Stage] = {
         "",
         "tldist.doctor.recipe:DoctorRecipe",
         "tldist.doctor.run:run",
+        distributed=True,
     ),
     "models": Stage(
         "list the architectures",

@@ -23,6 +23,7 @@ from tldist.export.converter import ExportGraph
 from tldist.models.load import input_tensor, save_bundle, start_model
 from tldist.models.zoo import build_network, describe_network
 from tldist.runtime.package import Package
+from tldist.runtime.predict import probabilities
 from tldist.share import find_shared
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -180,7 +181,7 @@ def test_export__chain_with_probabilities(tmp_path: Path) -> None:
 
     model = build_model(description).eval()
     model.transforms[0].weight.normal_()
-    save_bundle(tmp_path / "bundle", model, BundleConfig(description, CLASSES, SMALL))
+    save_bundle(tmp_path / "bundle", model, BundleConfig(description, CLASSES, SMALL, temperature=2.5))
     api.export(bundle=str(tmp_path / "bundle"), out=tmp_path / "out", output="probabilities", samples=2)
     package = Package.open(tmp_path / "out", threads=1)
     assert list(package.config.outputs) == ["logits", "probabilities"]
@@ -192,7 +193,11 @@ def test_export__chain_with_probabilities(tmp_path: Path) -> None:
         mapped = features.mean((2, 3)) @ model.transforms[0].weight.T + model.transforms[0].bias
         logits = (mapped @ model.head.weight.T + model.head.bias).numpy()
     np.testing.assert_allclose(found["logits"], logits, atol=1e-5 * np.abs(logits).max())
-    np.testing.assert_allclose(found["probabilities"], torch.softmax(torch.tensor(logits), 1), atol=1e-5)
+    calibrated = torch.softmax(torch.tensor(logits) / 2.5, 1).numpy()
+    np.testing.assert_allclose(found["probabilities"], calibrated, atol=1e-5)
+    np.testing.assert_allclose(
+        probabilities({"logits": logits}, package.config.temperature), calibrated, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

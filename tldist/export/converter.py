@@ -38,11 +38,15 @@ class ExportGraph(nn.Module):
         model: normalised images to logits.
         how: its preprocessing.
         outputs: names, in order.
+        temperature: of the probabilities.
     """
 
-    def __init__(self, model: nn.Module, how: Preprocessing, outputs: Sequence[str]) -> None:
+    def __init__(
+        self, model: nn.Module, how: Preprocessing, outputs: Sequence[str], temperature: float = 1.0
+    ) -> None:
         super().__init__()
         self.model, self.how, self.outputs = model, how, tuple(outputs)
+        self.temperature = temperature
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """uint8 (N, H, W, 3) to one (N, D) an output, in the precision of the weights."""
@@ -50,7 +54,7 @@ class ExportGraph(nn.Module):
         with tapped(self.model) as features:
             logits = self.model(input_tensor(images, self.how, dtype=dtype))
             found = {LOGITS: logits, FEATURES: features()}
-        found[PROBABILITIES] = torch.softmax(logits, 1)
+        found[PROBABILITIES] = torch.softmax(logits / self.temperature, 1)
         return tuple(found[name] for name in self.outputs)
 
 
@@ -59,7 +63,7 @@ def load_graph(
 ) -> tuple[ExportGraph, BundleConfig]:
     """The module to export of a bundle, in evaluation mode, and the bundle's configuration."""
     model, config = load_bundle(path, trust_code=trust_code, verify=verify)
-    return ExportGraph(model, config.preprocessing, outputs).eval(), config
+    return ExportGraph(model, config.preprocessing, outputs, config.temperature).eval(), config
 
 
 def answer(graph: ExportGraph, samples: Samples) -> Reference:

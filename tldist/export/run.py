@@ -132,6 +132,7 @@ def _describe(
     return PackageConfig(
         classes=bundle.classes if LOGITS in widths else (),
         preprocessing=bundle.preprocessing,
+        temperature=bundle.temperature,
         outputs=widths,
         profile=profile.model_dump(mode="json"),
         bundle={"identity": bundle.identity, "weights": bundle.files[WEIGHTS]},

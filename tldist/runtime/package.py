@@ -46,6 +46,7 @@ class _Stored(BaseModel):
     lineage: dict[str, Any]
     files: dict[str, str]
     versions: dict[str, str]
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class PackageConfig:
         lineage: how that bundle came to be.
         files: SHA-256 of every file but ``package.json``.
         versions: of the libraries that made it.
+        temperature: probabilities are ``softmax(logits / temperature)``.
     """
 
     classes: tuple[str, ...]
@@ -71,6 +73,7 @@ class PackageConfig:
     lineage: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    temperature: float = 1.0
 
     @property
     def identity(self) -> str:
@@ -89,6 +92,7 @@ class PackageConfig:
             "classes": json.dumps(self.classes, ensure_ascii=False),
             "preprocessing": json.dumps(self.preprocessing.to_dict()),
             "outputs": json.dumps(list(self.outputs)),
+            "temperature": json.dumps(self.temperature),
             "profile": self.profile_name,
             "bundle": self.bundle["identity"],
             "weights": self.bundle["weights"],
@@ -179,7 +183,15 @@ def read_package(path: str | os.PathLike[str], *, verify: bool = True) -> Packag
         verify_files(folder, stored.files, PackageError)
     classes, profile = tuple(stored.classes), stored.profile
     return PackageConfig(
-        classes, how, stored.outputs, profile, bundle, stored.lineage, stored.files, stored.versions
+        classes=classes,
+        preprocessing=how,
+        outputs=stored.outputs,
+        profile=profile,
+        bundle=bundle,
+        lineage=stored.lineage,
+        files=stored.files,
+        versions=stored.versions,
+        temperature=stored.temperature,
     )
 
 
@@ -197,6 +209,7 @@ def write_package(folder: Path, config: PackageConfig) -> PackageConfig:
         lineage=written.lineage,
         files=files,
         versions=written.versions,
+        temperature=written.temperature,
     )
     write_json(folder / CONFIG, stored.model_dump())
     return written

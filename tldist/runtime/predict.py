@@ -58,16 +58,16 @@ def predict(
         chunk = sources[start : start + batch_size]
         named = [(f"source {place}", source) for place, source in enumerate(chunk, start)]
         images = [_prepare(source, name, package.config.preprocessing) for name, source in named]
-        for row in probabilities(package.run(np.stack(images))):
+        for row in probabilities(package.run(np.stack(images)), package.config.temperature):
             found.append(_prediction(row, package.config.classes, top))
     return found
 
 
-def probabilities(outputs: dict[str, np.ndarray]) -> np.ndarray:
-    """A package's outputs to probabilities (N, K): its own if it has them, else the softmax of its logits."""
+def probabilities(outputs: dict[str, np.ndarray], temperature: float = 1.0) -> np.ndarray:
+    """A package's outputs to probabilities (N, K): its own, else ``softmax(logits / temperature)``."""
     if PROBABILITIES in outputs:
         return outputs[PROBABILITIES].astype(np.float64)
-    logits = outputs[LOGITS].astype(np.float64)
+    logits = outputs[LOGITS].astype(np.float64) / temperature
     powers = np.exp(logits - logits.max(1, keepdims=True))
     values: np.ndarray = powers / powers.sum(1, keepdims=True)
     return values

@@ -147,7 +147,7 @@ def _take_steps(state: Fit, learner: Learner, batches: Iterable[Batch], stop: St
             due = state.every_steps is not None and step.number % state.every_steps == 0
             loss = window.add(step, flush=epoch_ends or stopping or due)
             if loss is not None:
-                bar.set_postfix_str(f"loss {loss:.3f}")
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if epoch_ends:
                 state.ledger.settle(team)
                 _validate(state, learner, step)
