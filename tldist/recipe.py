@@ -351,22 +351,36 @@ def _get(recipe: Recipe | None, dotted: str) -> Any:
 # -- help ------------------------------------------------------------------------------------------------
 
 
-def describe_settings(recipe: type[Recipe], width: int = 100) -> str:
+def describe_settings(recipe: type[Recipe], prefix: str = "", optional: bool = False) -> str:
     """The help of every setting: name, type, default, the sentence from its docstring."""
     blocks = []
-    for name, field in walk_fields(recipe):
-        default = "required" if field.is_required() else f"default {_show(field.get_default())}"
-        kind = field_kind(field)
-        note = "" if kind is IDENTITY else f", {kind.name} on resume"
-        head = f"  {name}  ({_type_words(field.annotation)}, {default}{note})"
-        body = textwrap.fill(
-            " ".join((field.description or "").split()),
-            width,
-            initial_indent="      ",
-            subsequent_indent="      ",
-        )
-        blocks.append(f"{head}\n{body}" if body.strip() else head)
+    for name, field in recipe.model_fields.items():
+        nested = _nested(field)
+        if nested is None:
+            blocks.append(_describe_field(f"{prefix}{name}", field, optional))
+            continue
+        short = f" ({prefix}{name}=X sets {prefix}{name}.{nested.shorthand})" if nested.shorthand else ""
+        text = " ".join((field.description or nested.__doc__ or "").split())
+        blocks.append(_indented(f"  {prefix}{name}.*{short}", text))
+        may_lack = optional or type(None) in _variants(field.annotation)
+        blocks.append(describe_settings(nested, f"{prefix}{name}.", may_lack))
     return "\n".join(blocks)
+
+
+def _describe_field(name: str, field: FieldInfo, optional: bool) -> str:
+    if field.is_required():
+        default = f"required where {name.rsplit('.', 1)[0]} is given" if optional else "required"
+    else:
+        default = f"default {_show(field.get_default())}"
+    kind = field_kind(field)
+    note = "" if kind is IDENTITY else f", {kind.name} on resume"
+    head = f"  {name}  ({_type_words(field.annotation)}, {default}{note})"
+    return _indented(head, " ".join((field.description or "").split()))
+
+
+def _indented(head: str, body: str, width: int = 100) -> str:
+    filled = textwrap.fill(body, width, initial_indent="      ", subsequent_indent="      ")
+    return f"{head}\n{filled}" if body else head
 
 
 def _show(value: Any) -> str:

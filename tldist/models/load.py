@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from tldist.bundle import WEIGHTS, BundleConfig, is_bundle, parent_record, read_bundle, write_bundle
 from tldist.errors import BundleError, ModelError
+from tldist.models import timm_zoo
 from tldist.models.description import build_model, num_outputs, with_outputs
 from tldist.models.heads import copy_rows_by_name, find_head, head_outputs
-from tldist.models.zoo import Weights, build_network, describe_network, find_weights, load_into, read_tensors
+from tldist.models.weights import Weights, find_weights, load_into, read_tensors
+from tldist.models.zoo import build_network, describe_network
 from tldist.runtime.preprocess import Preprocessing
 
 
@@ -98,7 +100,7 @@ def start_model(
     """Build a model for a task: an architecture with weights, or a bundle, with a head for ``classes``.
 
     Args:
-        model: torchvision name, ``package.module:function``, or a bundle (folder or run).
+        model: torchvision name, ``timm/NAME``, ``package.module:function``, or a bundle (folder or run).
         weights: ``default`` (the best pre-trained ones, or the bundle's own), ``none``, a name or a file.
         classes: what the head shall answer.
         image_size: pixels of the square input; None: what the weights were made with.
@@ -116,7 +118,7 @@ def start_model(
 
 
 def _is_folder(model: str) -> bool:
-    return Path(model).is_dir() or os.sep in model or is_bundle(model)
+    return not timm_zoo.owns(model) and (Path(model).is_dir() or os.sep in model or is_bundle(model))
 
 
 def _start_from_name(
@@ -129,7 +131,10 @@ def _start_from_name(
     found = find_weights(name, weights)
     model = build_network(description, trust_code=True)  # named by the person at the keyboard
     rows = _take_over(model, found, classes, new_head) if found else 0
-    preprocessing = found.preprocessing if found and found.preprocessing else Preprocessing()
+    known = found.preprocessing if found else None
+    if known is None and timm_zoo.owns(name):
+        known = timm_zoo.preprocessing_of(model)
+    preprocessing = known or Preprocessing()
     lineage = {"weights": found.origin if found else "none"}
     return Start(model, BundleConfig(description, classes, preprocessing, lineage), rows)
 
