@@ -7,6 +7,7 @@ from typing import Any
 
 from tldist.errors import ModelError
 from tldist.finetune.job import Job
+from tldist.finetune.stage import Work
 from tldist.models.load import hash_tensors, save_bundle
 from tldist.progress import warn
 from tldist.runs import BUNDLE, Outcome, RunFolder
@@ -16,18 +17,20 @@ from tldist.training.ledger import LEDGER
 from tldist.training.measure import Measurement
 
 
-def finish(job: Job, seconds: float) -> None:
+def finish(job: Job, work: Work | None, seconds: float) -> None:
     """Write ``RUN/bundle`` and ``RUN/summary.json``; called by all processes together.
+
+    Args:
+        job: the fine-tuning, all steps taken.
+        work: of its last phase; None where nothing was left to do.
+        seconds: that it took.
 
     Raises:
         ModelError: a frozen tensor has changed.
     """
     step = _select(job)
     frozen = _prove_frozen(job)
-    # Once more in fp32: what the bundle computes elsewhere.
-    validation = (
-        job.measure("fp32", "validate the result", keep_logits=True) if job.inputs.validation else None
-    )
+    validation = _measure_result(job, work) if job.inputs.validation else None
     broken = job.state.ledger.settle(job.team)
     metrics = {"val_accuracy": validation.accuracy, "val_loss": validation.loss} if validation else {}
     calibration = _calibrate(validation) if validation and job.recipe.calibrate else None
@@ -68,6 +71,13 @@ def _select(job: Job) -> int:
     checkpoint = next(found for found in list_checkpoints(job.state.checkpoints) if found.step == step)
     job.model.load_state_dict(checkpoint.result())
     return step
+
+
+def _measure_result(job: Job, work: Work | None) -> Measurement:
+    """From the cached features where there are some; else in fp32, as the bundle computes elsewhere."""
+    if work is not None and work.part is not None and work.validation is not None:
+        return job.measure_cached(work.part, work.validation, "validate the result", keep_logits=True)
+    return job.measure("fp32", "validate the result", keep_logits=True)
 
 
 def _calibrate(validation: Measurement) -> dict[str, float]:

@@ -85,7 +85,9 @@ class Job:
             keep_logits=keep_logits,
         )
 
-    def measure_cached(self, part: FrozenPart, features: CachedFeatures, label: str) -> Measurement:
+    def measure_cached(
+        self, part: FrozenPart, features: CachedFeatures, label: str, *, keep_logits: bool = False
+    ) -> Measurement:
         """The same from cached features of the frozen part."""
         assert self.inputs.validation is not None
 
@@ -104,6 +106,7 @@ class Job:
             self.team,
             label=label,
             load=features.batches,
+            keep_logits=keep_logits,
         )
 
 

@@ -14,7 +14,7 @@ from tldist.finetune.job import Job, prepare
 from tldist.finetune.phases import Phase
 from tldist.finetune.plan import show_job
 from tldist.finetune.recipe import FinetuneRecipe
-from tldist.finetune.stage import enter, plan_part
+from tldist.finetune.stage import Work, enter, plan_part
 from tldist.runs import Outcome, open_run, recorded
 from tldist.training.fit import fit
 from tldist.training.signals import StopFlag, stop_on_signals
@@ -39,14 +39,15 @@ def run(recipe: FinetuneRecipe) -> Outcome:
         planned = [(phase, *plan_part(job, phase)) for phase in job.phases]
         show_job(job, planned)
         begin = time.perf_counter()
+        work: Work | None = None
         for phase, part, _ in planned:
             if not job.state.is_over and job.state.position.step < phase.last_epoch * job.state.epoch_steps:
-                _train(job, phase, part, stop)
-        finish(job, time.perf_counter() - begin)
+                work = _train(job, phase, part, stop)
+        finish(job, work, time.perf_counter() - begin)
     return outcome_of(folder)
 
 
-def _train(job: Job, phase: Phase, part: FrozenPart | None, stop: StopFlag) -> None:
+def _train(job: Job, phase: Phase, part: FrozenPart | None, stop: StopFlag) -> Work:
     """All steps of a phase that are left."""
     work = enter(job, phase, part)
     if job.inputs.validation:
@@ -61,3 +62,4 @@ def _train(job: Job, phase: Phase, part: FrozenPart | None, stop: StopFlag) -> N
         ranks=job.team.size,
     )
     fit(job.state, work.learner, work.batches(job, plans), stop)
+    return work
