@@ -25,7 +25,7 @@ def machine() -> str:
 
 
 def fashion_folder(source: Path | None, target: Path, images: int) -> Path:
-    """Write ``images`` pictures into ``target/{train,val}/CLASS``: Fashion-MNIST, or noise where it is not there.
+    """Write pictures into ``target/{train,val}/CLASS``: Fashion-MNIST, or noise where it is not there.
 
     Four fifths are for training. Noise of the same size costs the same time; accuracies mean nothing then.
     """

@@ -91,8 +91,8 @@ def main() -> None:
             loop = epoch * EPOCHS
             print(
                 f"{name}: plain loop {loop:.1f} s, one forward pass {forward:.1f} s, tldist {first:.1f} s, "
-                f"again {second:.2f} s | loop/tldist {loop / first:.1f}x, tldist/forward {first / forward:.2f}, "
-                f"again/first {second / first:.3f}"
+                f"again {second:.2f} s | loop/tldist {loop / first:.1f}x, "
+                f"tldist/forward {first / forward:.2f}, again/first {second / first:.3f}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def _take_steps(state: Fit, learner: Learner, batches: Iterable[Batch], stop: St
     team, position = learner.team, state.position
     window = Window(state.folder, team, max(1, state.total_steps // LOG_LINES))
     with progress_bar(state.images * state.epochs, "img", state.folder.stage, position.samples) as bar:
-        for step in train(learner, _noting(batches, state.ledger), position.samples, stop):
+        for step in train(learner, _noting(batches, state.ledger, window), position.samples, stop):
             bar.update(step.samples - position.samples)
             position.step, position.samples = step.number, step.samples
             epoch_ends = step.number % state.epoch_steps == 0
@@ -162,8 +163,15 @@ def _take_steps(state: Fit, learner: Learner, batches: Iterable[Batch], stop: St
                 )
 
 
-def _noting(batches: Iterable[Batch], ledger: Ledger) -> Iterator[Batch]:
-    for batch in batches:
+def _noting(batches: Iterable[Batch], ledger: Ledger, window: Window) -> Iterator[Batch]:
+    """Note broken images, and how long the loop waited for each batch."""
+    source = iter(batches)
+    while True:
+        begin = time.perf_counter()
+        batch = next(source, None)
+        if batch is None:
+            return
+        window.waited += time.perf_counter() - begin
         ledger.add(batch.broken)
         yield batch
 

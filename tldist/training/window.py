@@ -26,6 +26,7 @@ class Window:
         self.folder, self.team, self.every = folder, team, every
         self.steps: list[Step] = []
         self.begin = time.perf_counter()
+        self.waited = 0.0  # seconds that this process waited for data
 
     def add(self, step: Step, flush: bool) -> float | None:
         """Note a step; where a line is due, log it and return its mean loss.
@@ -46,7 +47,7 @@ class Window:
             self._explain(self.steps[int((~torch.isfinite(total)).nonzero()[0])])
         count = float(counts.sum())
         loss = float(total.sum()) / max(1.0, count)
-        rate = count / (time.perf_counter() - self.begin)
+        seconds = time.perf_counter() - self.begin
         if self.team.is_main:
             self.folder.log(
                 step=step.number,
@@ -54,9 +55,10 @@ class Window:
                 samples=step.samples,
                 loss=loss,
                 lr=step.lr,
-                images_per_second=round(rate, 2),
+                images_per_second=round(count / seconds, 2),
+                data_wait=round(self.waited / seconds, 4),
             )
-        self.steps, self.begin = [], time.perf_counter()
+        self.steps, self.begin, self.waited = [], time.perf_counter(), 0.0
         return loss
 
     def _explain(self, step: Step) -> None:

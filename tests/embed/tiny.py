@@ -1,0 +1,48 @@
+"""A package so small that its features can be computed by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from tldist.runtime.package import MODEL, PARITY, REFERENCE, PackageConfig, write_package
+from tldist.runtime.preprocess import Preprocessing
+
+SIZE = 32
+"""Pixels of its input."""
+
+
+def tiny_package(path: Path, weights: np.ndarray, output: str = "features") -> Path:
+    """A package: mean over the pixels (N, 3), times ``weights`` (3, D)."""
+    path.mkdir(parents=True)
+    outputs = {output: weights.shape[1]}
+    classes = tuple(f"c{k}" for k in range(weights.shape[1])) if output == "logits" else ()
+    how = Preprocessing(height=SIZE, width=SIZE, resize=SIZE)
+    config = PackageConfig(classes, how, outputs, {"name": "cpu-fp32"}, {"identity": "i", "weights": "w"})
+    nodes = [
+        helper.make_node("Cast", ["images"], ["real"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["real", "axes"], ["mean"], keepdims=0),
+        helper.make_node("MatMul", ["mean", "weights"], [output]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", SIZE, SIZE, 3])],
+        [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["batch", weights.shape[1]])],
+        [
+            numpy_helper.from_array(np.array([1, 2], dtype=np.int64), "axes"),
+            numpy_helper.from_array(weights, "weights"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    for key, value in config.graph_metadata().items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = key, value
+    onnx.save(model, path / MODEL)
+    for name in (REFERENCE, PARITY):
+        (path / name).write_text("{}")
+    write_package(path, config)
+    return path

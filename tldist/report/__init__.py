@@ -1,0 +1,1 @@
+"""Report: one self-contained HTML page from runs, packages and folders of vectors."""
