@@ -176,3 +176,22 @@ def test_parquet__what_is_wrong_is_named(tmp_path: Path) -> None:
     for row in range(2):
         with pytest.raises(BadImage):
             domain.read(row)
+
+
+def test_parquet__files_of_one_name_in_two_folders_have_ids_of_their_own(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        pq.write_table(pa.table({"image": pictures(2)}), tmp_path / folder / "part.parquet")
+    domain = open_domain(str(tmp_path / "*" / "part.parquet"))
+    assert [domain.id(i) for i in range(4)] == [
+        f"{f}/part.parquet:{n}" for f in ("one", "two") for n in (0, 1)
+    ]
+
+
+def test_parquet__other_image_bytes_are_another_domain(tmp_path: Path) -> None:
+    prints = []
+    for size in ((40, 36), (41, 36)):
+        data = [encode(class_image(i, np.random.default_rng(0), size)) for i in range(3)]
+        pq.write_table(pa.table({"image": data, "label": ["a", "b", "c"]}), tmp_path / "d.parquet")
+        prints.append(open_domain(tmp_path / "d.parquet").fingerprint)
+    assert prints[0] != prints[1]

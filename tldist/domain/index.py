@@ -39,7 +39,7 @@ class Source(Protocol):
         ...
 
     def size(self, row: int) -> int:
-        """Bytes of the image, for the fingerprint; 0 where only reading would tell."""
+        """Bytes of the image, or of what holds it, for the fingerprint."""
         ...
 
     def read(self, row: int) -> bytes:
@@ -186,11 +186,12 @@ class Domain:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of what the domain holds: ids, class names, sizes; not of where it lies."""
+        """Hash of what the domain holds: ids, class names, splits, sizes; not of where it lies."""
         digest = hashlib.sha256()
         for index, row in enumerate(self.rows.tolist()):
             label = self.classes[self.labels[index]] if self.labels[index] >= 0 else ""
-            digest.update(f"{self.source.id(row)}\0{label}\0{self.source.size(row)}\n".encode())
+            parts = (self.source.id(row), label, str(self.splits[index]), str(self.source.size(row)))
+            digest.update(("\0".join(parts) + "\n").encode())
         return digest.hexdigest()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -38,6 +39,9 @@ class ParquetSource:
         self._ids = ids
         self._groups: list[tuple[int, int]] = []  # (file, row group)
         self._starts: list[int] = []  # first row of each
+        self._sizes: list[int] = []  # bytes of each
+        self._firsts: list[int] = []  # first row of each file
+        self._names = _names(self.files)
         self._rows = 0
         self._open: dict[int, Any] = {}
         self._cache: OrderedDict[int, tuple[list[Any], int]] = OrderedDict()
@@ -45,9 +49,11 @@ class ParquetSource:
         self._lock = threading.Lock()  # an open Parquet file is not to be read by two threads at once
         for number, path in enumerate(self.files):
             meta = _pyarrow().read_metadata(path)
+            self._firsts.append(self._rows)
             for group in range(meta.num_row_groups):
                 self._groups.append((number, group))
                 self._starts.append(self._rows)
+                self._sizes.append(meta.row_group(group).total_byte_size)
                 self._rows += meta.row_group(group).num_rows
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,14 +74,11 @@ class ParquetSource:
     def id(self, row: int) -> str:
         if self._ids is not None:
             return self._ids[row]
-        group, _ = self._place(row)
-        number = self._groups[group][0]
-        first = next(start for start, place in zip(self._starts, self._groups) if place[0] == number)
-        return f"{self.files[number].name}:{row - first}"
+        number = self._groups[self._place(row)[0]][0]
+        return f"{self._names[number]}:{row - self._firsts[number]}"
 
     def size(self, row: int) -> int:
-        del row
-        return 0
+        return self._sizes[self._place(row)[0]]
 
     def read(self, row: int) -> bytes:
         group, inside = self._place(row)
@@ -96,7 +99,10 @@ class ParquetSource:
         number, place = self._groups[group]
         if number not in self._open:
             self._open[number] = _pyarrow().ParquetFile(self.files[number])
-        column = self._open[number].read_row_group(place, columns=[self.recipe.image_column]).column(0)
+        table = self._open[number].read_row_group(
+            place, columns=[self.recipe.image_column], use_threads=False
+        )
+        column = table.column(0)
         values, size = column.to_pylist(), column.nbytes
         self._cache[group] = (values, size)
         self._cached_bytes += size
@@ -104,6 +110,14 @@ class ParquetSource:
             _, (_, freed) = self._cache.popitem(last=False)
             self._cached_bytes -= freed
         return values
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """File names, with as much of their folders as tells them apart."""
+    if len({file.name for file in files}) == len(files):
+        return [file.name for file in files]
+    common = os.path.commonpath([file.parent.absolute() for file in files])
+    return [file.absolute().relative_to(common).as_posix() for file in files]
 
 
 def open_parquet(files: Sequence[Path], recipe: DataRecipe) -> Domain:
