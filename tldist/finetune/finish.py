@@ -8,6 +8,7 @@ from typing import Any
 from tldist.errors import ModelError
 from tldist.finetune.job import Job
 from tldist.finetune.stage import Work
+from tldist.finetune.sweep import best_probe, narrow, sweep_settings, sweep_table
 from tldist.models.load import hash_tensors, save_bundle
 from tldist.progress import warn
 from tldist.runs import BUNDLE, Outcome, RunFolder
@@ -30,7 +31,7 @@ def finish(job: Job, work: Work | None, seconds: float) -> None:
     """
     step = _select(job)
     frozen = _prove_frozen(job)
-    validation = _measure_result(job, work) if job.inputs.validation else None
+    validation, sweep = _measure_result(job, work) if job.inputs.validation else (None, None)
     broken = job.state.ledger.settle(job.team)
     metrics = {"val_accuracy": validation.accuracy, "val_loss": validation.loss} if validation else {}
     calibration = _calibrate(validation) if validation and job.recipe.calibrate else None
@@ -58,6 +59,7 @@ def finish(job: Job, work: Work | None, seconds: float) -> None:
             frozen=frozen,
             validation=validation.to_dict() if validation else None,
             calibration=calibration,
+            sweep=sweep,
         )
 
     job.team.on_main(write)
@@ -73,11 +75,29 @@ def _select(job: Job) -> int:
     return step
 
 
-def _measure_result(job: Job, work: Work | None) -> Measurement:
-    """From the cached features where there are some; else in fp32, as the bundle computes elsewhere."""
-    if work is not None and work.part is not None and work.validation is not None:
-        return job.measure_cached(work.part, work.validation, "validate the result", keep_logits=True)
-    return job.measure("fp32", "validate the result", keep_logits=True)
+def _measure_result(job: Job, work: Work | None) -> tuple[Measurement, list[dict[str, Any]] | None]:
+    """Measure what is kept; of a sweep, choose the probe first and make it the head.
+
+    From the cached features where there are some, else in fp32, as the bundle computes elsewhere.
+
+    Returns:
+        The measurement, and what each probe of a sweep reached.
+    """
+    label = "validate the result"
+    cached = work is not None and work.part is not None
+
+    def measured(probe: int | None, keep_logits: bool) -> Measurement:
+        if work is not None and cached:
+            return work.measure(job, label, keep_logits=keep_logits, probe=probe)
+        return job.measure("fp32", label, keep_logits=keep_logits, probe=probe)
+
+    if not job.recipe.sweep.is_on:
+        return measured(None, True), None
+    found = [measured(place, False) for place in range(len(sweep_settings(job.recipe)))]
+    chosen = best_probe(found)
+    result = measured(chosen, True)
+    narrow(job.model, job.blocks[-1], chosen)
+    return result, sweep_table(job.recipe, found)
 
 
 def _calibrate(validation: Measurement) -> dict[str, float]:
@@ -119,6 +139,9 @@ def outcome_of(folder: RunFolder, note: str = "") -> Outcome:
     summary = folder.summary
     validation = summary.get("validation")
     lines = [note] if note else []
+    if summary.get("sweep"):
+        probes, best = len(summary["sweep"]), summary["sweep"][0]
+        lines.append(f"best of {probes} probes: lr {best['lr']:g}, weight decay {best['weight_decay']:g}")
     if validation:
         lines.append(f"validation accuracy {validation['accuracy']:.4f} on {validation['count']:,} images")
     if summary.get("broken_images"):

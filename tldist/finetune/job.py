@@ -10,11 +10,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tldist.data.loader import num_workers
 from tldist.distributed import Team
-from tldist.errors import MachineError
+from tldist.errors import MachineError, RecipeError
 from tldist.finetune.frozen import CachedFeatures, FrozenPart
 from tldist.finetune.inputs import Inputs
 from tldist.finetune.phases import Phase, plan_phases, total_epochs
 from tldist.finetune.recipe import FinetuneRecipe
+from tldist.finetune.sweep import one_probe, sweep_settings, widen
 from tldist.models.blocks import Block, cut_blocks, freeze, frozen_tensors, trainable_blocks
 from tldist.models.load import hash_tensors
 from tldist.runs import CHECKPOINTS, RunFolder
@@ -68,14 +69,24 @@ class Job:
         """The blocks that learn in a phase."""
         return trainable_blocks(self.model, self.blocks, phase.train)
 
-    def measure(self, precision: str, label: str, *, keep_logits: bool = False) -> Measurement:
-        """Measure the whole model as it is now on validation; called by all processes together."""
+    def measure(
+        self, precision: str, label: str, *, keep_logits: bool = False, probe: int | None = None
+    ) -> Measurement:
+        """Measure the whole model as it is now on validation; called by all processes together.
+
+        Args:
+            precision: of the matrix products.
+            label: of the bar.
+            keep_logits: hand over the logits too.
+            probe: of a sweep, which of them; None: there is one head.
+        """
         assert self.inputs.validation is not None
         self.team.same_buffers(self.model)
+        whole = predictor(
+            self.model, self.inputs.how, precision=precision, channels_last=self.numerics.channels_last
+        )
         return measure(
-            predictor(
-                self.model, self.inputs.how, precision=precision, channels_last=self.numerics.channels_last
-            ),
+            lambda images: self._pick(whole(images), probe),
             self.inputs.validation,
             self.inputs.classes,
             self.inputs.how,
@@ -85,8 +96,17 @@ class Job:
             keep_logits=keep_logits,
         )
 
+    def _pick(self, logits: Tensor, probe: int | None) -> Tensor:
+        return logits if probe is None else one_probe(logits, probe, len(sweep_settings(self.recipe)))
+
     def measure_cached(
-        self, part: FrozenPart, features: CachedFeatures, label: str, *, keep_logits: bool = False
+        self,
+        part: FrozenPart,
+        features: CachedFeatures,
+        label: str,
+        *,
+        keep_logits: bool = False,
+        probe: int | None = None,
     ) -> Measurement:
         """The same from cached features of the frozen part."""
         assert self.inputs.validation is not None
@@ -94,8 +114,7 @@ class Job:
         @torch.no_grad()
         def predict(batch: Tensor) -> Tensor:
             self.model.eval()
-            logits: Tensor = part.suffix(batch)
-            return logits.float()
+            return self._pick(part.suffix(batch).float(), probe)
 
         self.team.same_buffers(self.model)
         return measure(
@@ -125,6 +144,12 @@ def prepare(recipe: FinetuneRecipe, team: Team, folder: RunFolder, inputs: Input
             )
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
     phases, blocks = plan_phases(recipe), cut_blocks(model)
+    if recipe.sweep.is_on:
+        if inputs.validation is None:
+            raise RecipeError(
+                "sweep.* chooses on validation; give the domain a val split, or validation= a share."
+            )
+        widen(model, blocks[-1], len(sweep_settings(recipe)))
     resting = [
         frozen_tensors(model, freeze(model, trainable_blocks(model, blocks, phase.train))) for phase in phases
     ]

@@ -104,6 +104,20 @@ class ProbeRecipe(Recipe):
     """The highest learning rate of the probe."""
 
 
+class SweepRecipe(Recipe):
+    """Many linear probes at once, over the same cached features; the best on validation is kept."""
+
+    lr: tuple[float, ...] = ()
+    """Learning rates to try; none: optimizer.lr alone."""
+    weight_decay: tuple[float, ...] = ()
+    """Weight decays to try, each with each learning rate; none: optimizer.weight_decay alone."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to try."""
+        return bool(self.lr or self.weight_decay)
+
+
 class CheckpointRecipe(Recipe):
     """What is saved while training, and when."""
 
@@ -178,6 +192,7 @@ class FinetuneRecipe(Recipe):
     augment: AugmentRecipe = AugmentRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     cache: CacheRecipe = CacheRecipe()
+    sweep: SweepRecipe = SweepRecipe()
     workers: Free[int | None] = Field(default=None, ge=0)
     """Processes that decode images for each training process; none: by the number of cores."""
     trust_code: Free[bool] = False
@@ -187,6 +202,10 @@ class FinetuneRecipe(Recipe):
     def _check_train(self) -> Self:
         if not _WHAT.fullmatch(self.train):
             raise ValueError(f"train={self.train}: expected head, last:N, all or re:PATTERN")
+        if self.sweep.is_on and (self.train != "head" or self.unfreeze or self.probe.epochs or self.ema):
+            raise ValueError(
+                "sweep.* tries linear probes: it goes with train=head, without unfreeze, probe, ema"
+            )
         for entry in self.unfreeze:
             epoch, _, what = entry.partition(":")
             if not epoch.isdecimal() or not _WHAT.fullmatch(what):

@@ -15,6 +15,7 @@ from tldist.domain import Domain
 from tldist.finetune.frozen import CachedFeatures, FrozenPart, augmentation_of, load_frozen, plan_frozen
 from tldist.finetune.job import Job
 from tldist.finetune.phases import Phase
+from tldist.finetune.sweep import best_probe, each_probe, probe_rates, sweep_settings
 from tldist.models.blocks import Block, freeze, frozen_tensors
 from tldist.models.load import input_tensor
 from tldist.training.fit import restore_learner
@@ -54,11 +55,24 @@ class Work:
         )
 
     def validate(self, job: Job, label: str) -> Measurement:
-        """Measure what would be kept now, from cached features where there are some."""
+        """Measure what would be kept now: of a sweep, the best probe."""
         with self.learner.averaged():
-            if self.part and self.validation:
-                return job.measure_cached(self.part, self.validation, label)
-            return job.measure(job.numerics.precision, label)
+            if not job.recipe.sweep.is_on:
+                return self.measure(job, label)
+            found = self.measure_probes(job, label)
+            return found[best_probe(found)]
+
+    def measure(
+        self, job: Job, label: str, *, keep_logits: bool = False, probe: int | None = None
+    ) -> Measurement:
+        """Measure the model on validation, from cached features where there are some."""
+        if self.part and self.validation:
+            return job.measure_cached(self.part, self.validation, label, keep_logits=keep_logits, probe=probe)
+        return job.measure(job.numerics.precision, label, keep_logits=keep_logits, probe=probe)
+
+    def measure_probes(self, job: Job, label: str) -> list[Measurement]:
+        """Measure each probe of a sweep."""
+        return [self.measure(job, label, probe=place) for place in range(len(sweep_settings(job.recipe)))]
 
 
 def plan_part(job: Job, phase: Phase) -> tuple[FrozenPart | None, str]:
@@ -106,15 +120,22 @@ def _build_learner(
 ) -> Learner:
     recipe, rule, model, how = job.recipe, job.recipe.optimizer, job.model, job.inputs.how
     pulled = job.pull is not None and phase.train != "head"
+    count = len(sweep_settings(recipe))
+    scales = layer_scales(model, job.blocks, rule.layer_decay) if rule.layer_decay else {}
+    decays: dict[str, float] = {}
+    if count:
+        scales, decays = probe_rates(recipe, job.blocks[-1], model)
     optimizer = build_optimizer(
         model,
         name=rule.name,
         lr=phase.lr,
         weight_decay=rule.weight_decay,
         momentum=rule.momentum,
-        scales=layer_scales(model, job.blocks, rule.layer_decay) if rule.layer_decay else None,
+        scales=scales,
         undecayed=_backbone_names(job) if pulled else frozenset(),
+        decays=decays,
     )
+    objective = cross_entropy(recipe.label_smoothing, _class_weights(job))
     runs = part.suffix if part else model
     if recipe.gradient_checkpointing:
         _recompute(model, learning)
@@ -136,7 +157,7 @@ def _build_learner(
         accelerator=accelerator,
         team=job.team,
         frozen=frozen,
-        objective=cross_entropy(recipe.label_smoothing, _class_weights(job)),
+        objective=each_probe(objective, count) if count else objective,
         to_input=to_input,
         learning_rate=lambda samples: learning_rate(
             samples - first, total - first, phase.lr, rule.warmup, rule.schedule

@@ -22,6 +22,7 @@ def build_optimizer(
     momentum: float,
     scales: Mapping[str, float] | None = None,
     undecayed: frozenset[str] = frozenset(),
+    decays: Mapping[str, float] | None = None,
 ) -> Optimizer:
     """AdamW or SGD over what learns.
 
@@ -31,12 +32,14 @@ def build_optimizer(
         scales: multiple of the learning rate by parameter name, 1 where it is not named; each group carries
             its own as ``scale``.
         undecayed: names that are not decayed either.
+        decays: weight decay by parameter name, ``weight_decay`` where it is not named.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter_name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.dim() > 1 and parameter_name not in undecayed
-            key = (scales.get(parameter_name, 1.0) if scales else 1.0, weight_decay if decays else 0.0)
+            decay = (decays or {}).get(parameter_name, weight_decay)
+            spared = parameter.dim() <= 1 or parameter_name in undecayed
+            key = ((scales or {}).get(parameter_name, 1.0), 0.0 if spared else decay)
             groups.setdefault(key, []).append(parameter)
     listed: list[dict[str, Any]] = [
         {"params": parameters, "scale": scale, "weight_decay": decay}
