@@ -71,7 +71,7 @@ def _select(job: Job) -> int:
     keep_best = job.recipe.select == "best" and position.best_step is not None
     step = position.best_step if keep_best and position.best_step is not None else position.step
     checkpoint = next(found for found in list_checkpoints(job.state.checkpoints) if found.step == step)
-    job.model.load_state_dict(checkpoint.result())
+    job.model.load_state_dict(checkpoint.result(), strict=False)
     return step
 
 

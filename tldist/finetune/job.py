@@ -186,7 +186,7 @@ def prepare(recipe: FinetuneRecipe, team: Team, folder: RunFolder, inputs: Input
         frozen_before=frozen_before,
         pull=pull,
         average=average,
-        state=_state(recipe, folder, inputs, position),
+        state=_state(recipe, folder, inputs, position, frozen_names),
         resumed=resumed,
     )
 
@@ -195,7 +195,9 @@ def _average(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
-def _state(recipe: FinetuneRecipe, folder: RunFolder, inputs: Inputs, position: Position) -> Fit:
+def _state(
+    recipe: FinetuneRecipe, folder: RunFolder, inputs: Inputs, position: Position, frozen: list[str]
+) -> Fit:
     ledger = Ledger(inputs.train, folder.path / LEDGER)
     ledger.found = {int(index): reason for index, reason in position.broken.items()}
     return Fit(
@@ -207,6 +209,6 @@ def _state(recipe: FinetuneRecipe, folder: RunFolder, inputs: Inputs, position: 
         epochs=total_epochs(recipe),
         validate=None,
         every_steps=recipe.checkpoint.every_steps,
-        saver=Saver(folder.path / CHECKPOINTS, recipe.checkpoint.keep),
+        saver=Saver(folder.path / CHECKPOINTS, recipe.checkpoint.keep, frozen),
         patience=recipe.patience,
     )

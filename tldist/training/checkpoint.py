@@ -64,7 +64,7 @@ class Checkpoint:
         return load_file(self.path / name)
 
     def result(self) -> dict[str, Tensor]:
-        """The weights to keep: the averaged ones where they are averaged."""
+        """The weights to keep: the averaged ones where they are averaged; without the frozen ones."""
         if not (self.path / AVERAGE).is_file():
             return self.tensors(MODEL)
         averaged = self.tensors(AVERAGE)
@@ -126,7 +126,7 @@ def retain(folder: Path, keep: int, best_step: int | None) -> None:
 
 
 def restore_weights(checkpoint: Checkpoint, model: nn.Module, average: AveragedModel | None) -> None:
-    """Load the weights, and their average where it is kept."""
-    model.load_state_dict(checkpoint.tensors(MODEL))
+    """Load the weights, and their average where it is kept; frozen ones are there already."""
+    model.load_state_dict(checkpoint.tensors(MODEL), strict=False)
     if average is not None:
-        average.load_state_dict(checkpoint.tensors(AVERAGE))
+        average.load_state_dict(checkpoint.tensors(AVERAGE), strict=False)

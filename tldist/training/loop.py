@@ -121,7 +121,7 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
         if not learner.model.training:  # at the start, and after a measurement
             training_mode(learner.model, learner.frozen)
         # Dropout and mixing depend on (seed, step, rank) alone, so that nothing random has to be saved.
-        torch.manual_seed(seed_of("dropout", learner.seed, plan.step, learner.team.rank))
+        _seed(seed_of("dropout", learner.seed, plan.step, learner.team.rank), device)
         lr = learner.learning_rate(samples + plan.total / 2)
         for group in learner.optimizer.param_groups:
             group["lr"] = lr * group["scale"]
@@ -153,6 +153,14 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
 
         samples += plan.total
         yield Step(plan, samples, loss_sum, counts, lr)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the generators that this process draws from. `torch.manual_seed` would queue a call for each
+    kind of device that is not initialised, with a stack trace, in every step."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _pieces(batch: Batch, pieces: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, float, bool]]:

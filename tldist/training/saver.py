@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,10 +24,11 @@ class Saver:
     Args:
         folder: where they lie.
         keep: newest checkpoints that stay, besides the best.
+        frozen: names of tensors that never change: they are not saved, the run starts with them each time.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, frozen: Collection[str] = ()) -> None:
+        self.folder, self.keep, self.frozen = folder, keep, frozenset(frozen)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._buffers: State = {}
@@ -36,9 +38,12 @@ class Saver:
     ) -> None:
         """Copy the state and return; it is written meanwhile. An error of the save before is raised here."""
         self.wait()
-        state: State = {MODEL: model.state_dict(), OPTIMIZER: optimizer_tensors(optimizer, model)}
+        state: State = {
+            MODEL: self._moving(model.state_dict()),
+            OPTIMIZER: optimizer_tensors(optimizer, model),
+        }
         if average is not None:
-            state[AVERAGE] = average.state_dict()
+            state[AVERAGE] = self._moving(average.state_dict())
         self._buffers = {name: self._copy(name, tensors) for name, tensors in state.items()}
         self._writing = self._thread.submit(self._write, self._buffers, copy.deepcopy(position))
 
@@ -47,6 +52,9 @@ class Saver:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
+
+    def _moving(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {n: tensor for n, tensor in tensors.items() if n.removeprefix("module.") not in self.frozen}
 
     def _copy(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Copy to the CPU, into the memory of the last save where it fits (fresh memory is slower)."""
