@@ -1,4 +1,4 @@
-"""Where the files that people copy and edit lie: ``launch/`` and ``export/``, of the repository or the wheel."""
+"""Where the files that people copy and edit lie: ``launch/`` and ``export/``, in repository or wheel."""
 
 from __future__ import annotations
 

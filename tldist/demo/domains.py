@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
-from tldist.files import atomic_folder
 
 DIGITS = tuple("0123456789")
 SIDE = 32
@@ -47,7 +47,7 @@ def write_source(folder: Path, style: str, per_class: int, seed: int) -> Path:
         return folder
     fonts = [ImageFont.truetype(str(path), 96) for path in find_fonts(style)]
     random = np.random.default_rng([seed, zlib.crc32(style.encode())])
-    with atomic_folder(folder) as making:
+    with _whole_folder(folder) as making:
         for digit in DIGITS:
             for number in range(per_class):
                 split = "val" if number < per_class // 5 else "train"
@@ -60,7 +60,7 @@ def write_pool(folder: Path, sources: Sequence[Path]) -> Path:
     """Write the union of source domains, its files named after the domain they come from."""
     if folder.is_dir():
         return folder
-    with atomic_folder(folder) as making:
+    with _whole_folder(folder) as making:
         for source in sources:
             for image in sorted(source.glob("*/*/*.png")):
                 split, digit = image.parts[-3:-1]
@@ -86,7 +86,7 @@ def write_target(folder: Path, draw: int, labelled: int) -> Path:
 
     digits = load_digits()
     random = np.random.default_rng([draw, 2024])
-    with atomic_folder(folder) as making:
+    with _whole_folder(folder) as making:
         for digit in DIGITS:
             members = random.permutation(np.flatnonzero(digits.target == int(digit)))
             for place, index in enumerate(members.tolist()):
@@ -151,6 +151,20 @@ def count_ink(ink: Image.Image, random: np.random.Generator) -> np.ndarray:
     bitmap[:, left : left + width] = fitted
     cell = _BITMAP // _GRID
     return bitmap.reshape(_GRID, cell, _GRID, cell).sum((1, 3))
+
+
+@contextlib.contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder beside ``folder`` that takes its name when all is written.
+
+    Unlike `tldist.files.atomic_folder` it does not wait for the disk: thousands of small files that can be
+    made again are not worth that.
+    """
+    making = folder.parent / f".tmp-{folder.name}"
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    yield making
+    making.rename(folder)
 
 
 def _save(path: Path, ink: np.ndarray) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tldist.errors import ModelError
+from tldist.errors import BundleError, ModelError
 from tldist.finetune.job import Job
 from tldist.finetune.stage import Work
 from tldist.finetune.sweep import best_probe, narrow, sweep_settings, sweep_table
@@ -70,7 +70,12 @@ def _select(job: Job) -> int:
     position = job.state.position
     keep_best = job.recipe.select == "best" and position.best_step is not None
     step = position.best_step if keep_best and position.best_step is not None else position.step
-    checkpoint = next(found for found in list_checkpoints(job.state.checkpoints) if found.step == step)
+    checkpoint = next((c for c in list_checkpoints(job.state.checkpoints) if c.step == step), None)
+    if checkpoint is None:
+        raise BundleError(
+            f"{job.state.checkpoints}: the checkpoint of step {step:,}, whose weights are to be kept, "
+            f"is gone. Start again with another out=, or with select=last."
+        )
     job.model.load_state_dict(checkpoint.result(), strict=False)
     return step
 

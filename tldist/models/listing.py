@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
 from torch import nn
 from torchvision import models as torchvision_models
 
-from tldist.bundle import is_bundle, read_bundle
+from tldist.bundle import read_bundle
 from tldist.domain import natural_key
 from tldist.errors import RecipeError, close_matches
 from tldist.models.blocks import Block, cut_blocks
 from tldist.models.description import architecture_name, build_model
 from tldist.models.heads import find_head, head_outputs, head_width
+from tldist.models.load import names_folder
 from tldist.models.recipe import LayersRecipe, ModelsRecipe
 from tldist.models.zoo import build_network, describe_network, list_architectures
 from tldist.runs import Outcome
@@ -87,11 +87,10 @@ def list_layers(recipe: LayersRecipe) -> Outcome:
 
 def _build(recipe: LayersRecipe) -> tuple[str, nn.Module]:
     """The module without memory for its weights."""
-    folder = Path(recipe.model)
     # torch.device("meta") would do too, but RegNet computes its widths with tensors.
     with init_empty_weights():
-        if folder.is_dir() or is_bundle(folder):
-            description = read_bundle(folder, verify=False)[1].model
+        if names_folder(recipe.model):
+            description = read_bundle(recipe.model, verify=False)[1].model
             return architecture_name(description), build_model(description, trust_code=recipe.trust_code)
         described = describe_network(recipe.model, _CLASSES)
         return recipe.model, build_network(described, trust_code=True)  # named by the person at the keyboard

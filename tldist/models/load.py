@@ -110,14 +110,15 @@ def start_model(
     Raises:
         ModelError, BundleError: see `find_weights` and `load_bundle`.
     """
-    if _is_folder(model):
+    if names_folder(model):
         start = _start_from_bundle(model, weights, classes, new_head, trust_code)
     else:
         start = _start_from_name(model, weights, classes, image_size, new_head)
     return start if image_size is None else _with_image_size(start, image_size)
 
 
-def _is_folder(model: str) -> bool:
+def names_folder(model: str) -> bool:
+    """Whether ``model=`` means a bundle or a run on disk, not the name of an architecture."""
     return not timm_zoo.owns(model) and (Path(model).is_dir() or os.sep in model or is_bundle(model))
 
 

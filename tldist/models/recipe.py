@@ -22,6 +22,6 @@ class LayersRecipe(Recipe):
     inputs: ClassVar[tuple[str, ...]] = ("model",)
 
     model: str
-    """A torchvision name (`tldist models`), a bundle or run, or package.module:function."""
+    """A torchvision name (`tldist models`), timm/NAME, a bundle or run, or package.module:function."""
     trust_code: Free[bool] = False
     """Run code that a bundle names (package.module:function)."""

@@ -1,0 +1,1 @@
+"""Evaluate: how good a bundle or a package is on a labelled domain."""

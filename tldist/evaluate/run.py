@@ -1,0 +1,101 @@
+"""Evaluate: open the model and the domain, measure, say it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from tldist import distributed
+from tldist.data.loader import num_workers
+from tldist.distributed import Team
+from tldist.domain import Domain, open_domain
+from tldist.errors import DomainError
+from tldist.evaluate.models import Classifier, open_classifier
+from tldist.evaluate.recipe import EvaluateRecipe
+from tldist.files import canonical_json
+from tldist.progress import show_plan
+from tldist.runs import Outcome, RunFolder, open_run, recorded
+from tldist.training.ledger import LEDGER
+from tldist.training.measure import Measurement, measure
+
+_MOST_ROWS = 40
+"""Classes listed one by one; of more, the worst."""
+
+
+def run(recipe: EvaluateRecipe) -> Outcome:
+    """Measure a bundle or a package.
+
+    Raises:
+        TldistError: see `tldist.errors`.
+    """
+    team = distributed.start()
+    classifier = open_classifier(recipe.model, team, trust_code=recipe.trust_code)
+    domain = open_domain(recipe.data).evaluation_split()
+    if not domain.has_labels:
+        raise DomainError(
+            f"{domain.name}: has no labels to measure against. Expected one folder of images a class, or a "
+            f"label column."
+        )
+    inputs = {"model": classifier.identity, "data": domain.fingerprint}
+    team.same_everywhere("the data or the model", canonical_json(inputs))
+    folder = _open_folder(recipe, team, inputs)
+    with recorded(folder, team.is_main) if folder else nullcontext():
+        _show(recipe, team, classifier, domain)
+        found = measure(
+            classifier.predict,
+            domain,
+            classifier.classes,
+            classifier.preprocessing,
+            team,
+            batch_size=recipe.batch_size,
+            workers=num_workers(recipe.workers, team.local_size),
+            ledger_file=folder.path / LEDGER if folder else None,
+        )
+        if folder and team.is_main:
+            folder.write_summary("done", **inputs, measurement=found.to_dict(), processes=team.size)
+    return Outcome("evaluate", recipe.out, found.to_dict(), _words(found), "")
+
+
+def _open_folder(recipe: EvaluateRecipe, team: Team, inputs: dict[str, str]) -> RunFolder | None:
+    out = recipe.out
+    return None if out is None else team.on_main(lambda: open_run("evaluate", out, recipe, inputs))
+
+
+def _show(recipe: EvaluateRecipe, team: Team, classifier: Classifier, domain: Domain) -> None:
+    how = classifier.preprocessing
+    rows: dict[str, Any] = {
+        "model": f"{recipe.model}: {classifier.kind}, input {how.height}x{how.width}",
+        "data": f"{domain.name}: {len(domain):,} images of {len(np.unique(domain.labels))} classes",
+        "processes": team.size,
+    }
+    show_plan("evaluate", rows)
+
+
+def _words(found: Measurement) -> str:
+    """Accuracy, loss and a line a class."""
+    totals, right = found.confusion.sum(1), found.confusion.diagonal()
+    present = [row for row in range(len(found.classes)) if totals[row]]
+    shown = present
+    if len(present) > _MOST_ROWS:
+        shown = sorted(present, key=lambda row: right[row] / totals[row])[:_MOST_ROWS]
+    width = max(len("class"), *(len(found.classes[row]) for row in shown))
+    lines = [f"accuracy {found.accuracy:.4f}, loss {found.loss:.4f} on {found.count:,} images"]
+    if found.broken:
+        lines.append(f"{found.broken:,} broken images were left out")
+    lines.append(f"{'class'.ljust(width)}  images  accuracy  most taken for")
+    lines += [f"{_class_row(found, row, width)}" for row in shown]
+    if len(shown) < len(present):
+        lines.append(f"(the {_MOST_ROWS} worst of {len(present):,} classes)")
+    return "\n".join(lines)
+
+
+def _class_row(found: Measurement, row: int, width: int) -> str:
+    counts = found.confusion[row]
+    total, right = int(counts.sum()), int(counts[row])
+    others = counts.copy()
+    others[row] = 0
+    worst = int(others.argmax())
+    taken = f"{found.classes[worst]} ({int(others[worst])})" if others[worst] else ""
+    return f"{found.classes[row].ljust(width)}  {total:6d}  {right / total:8.4f}  {taken}".rstrip()
