@@ -363,3 +363,24 @@ def test_fuse__killed_leaves_the_whole_bundle_or_none(tmp_path: Path, bundles: l
         assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(out).items())
         assert not list(out.glob(".tmp-*"))
     assert False in seen
+
+
+def test_fuse__statistics_that_all_models_share_are_kept(tmp_path: Path, data: Path) -> None:
+    """Linear probes of one backbone: only the heads differ, so there is nothing to re-estimate."""
+    bundles = []
+    for seed in (1, 2):
+        model = lively_model("resnet18", len(NAMES))
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.fc.weight)
+        config = BundleConfig(describe_network("resnet18", len(NAMES)), NAMES, SMALL)
+        save_bundle(tmp_path / f"probe{seed}", model, config)
+        bundles.append(tmp_path / f"probe{seed}")
+    api.fuse(bundles=bundles, method="average", data=str(data), out=tmp_path / "r", workers=0)
+    merged, first, second = (
+        load_file(path / "model.safetensors") for path in (tmp_path / "r" / "bundle", *bundles)
+    )
+    for name in merged:
+        if name.startswith("fc."):
+            assert torch.allclose(merged[name], (first[name] + second[name]) / 2)
+        else:
+            assert torch.equal(merged[name], first[name]), name

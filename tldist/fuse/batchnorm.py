@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -21,9 +21,13 @@ from tldist.runtime.preprocess import Preprocessing
 from tldist.training.ledger import Ledger
 
 
-def batchnorm_layers(model: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers that keep statistics."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+def batchnorm_layers(model: nn.Module, agreed: Collection[str] = ()) -> list[_BatchNorm]:
+    """The BatchNorm layers that keep statistics, but for those at the paths ``agreed``."""
+    return [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and path not in agreed
+    ]
 
 
 def even_batches(size: int, batch_size: int, seed: int) -> list[np.ndarray]:
@@ -48,6 +52,7 @@ def reestimate(
     seed: int = 0,
     workers: int = 0,
     most_batches: int | None = None,
+    agreed: Collection[str] = (),
 ) -> int:
     """Replace the statistics of every BatchNorm layer by those of a domain; called by all processes together.
 
@@ -65,6 +70,7 @@ def reestimate(
         batch_size, seed: of `even_batches`.
         workers: decoding processes.
         most_batches: use the first so many.
+        agreed: paths of layers that keep what they have.
 
     Returns:
         How many batches were used.
@@ -72,7 +78,7 @@ def reestimate(
     Raises:
         DomainError: no batch of at least two images, or too many broken ones.
     """
-    layers = batchnorm_layers(model)
+    layers = batchnorm_layers(model, agreed)
     plans = even_batches(len(domain), batch_size, seed)[:most_batches]
     sums = [torch.zeros(2, layer.num_features, dtype=torch.float64) for layer in layers]
     uses = torch.zeros(len(layers), dtype=torch.float64)

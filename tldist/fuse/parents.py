@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -70,6 +71,25 @@ def check_fit(parents: Sequence[Parent]) -> None:
                 f"{other.label} was made for input {theirs.height}x{theirs.width} (resize {theirs.resize}); "
                 f"the result takes {mine.height}x{mine.width} (resize {mine.resize}) as {first.label} does"
             )
+
+
+def agreed_statistics(parents: Sequence[Parent]) -> set[str]:
+    """Paths of the BatchNorm layers whose statistics are the same in all models.
+
+    They were frozen in all of them, or no model was trained: there is nothing to re-estimate, and a few
+    images would only make them noisier.
+    """
+    if len(parents) < 2:
+        return set()
+    agreed = set()
+    with open_tensors(parents, reference=parents[0], head="") as tensors:
+        for name in tensors.names:
+            path, _, buffer = name.rpartition(".")
+            if buffer == "running_var":
+                both = (tensors.read(name), tensors.read(f"{path}.running_mean"))
+                if all(torch.equal(values[0], other) for values in both for other in values[1:]):
+                    agreed.add(path)
+    return agreed
 
 
 def _check_classes(first: Parent, other: Parent) -> None:

@@ -19,13 +19,13 @@ from tldist.fuse.batchnorm import batchnorm_layers, reestimate
 from tldist.fuse.finite import check_finite, probe_images
 from tldist.fuse.merge import merge_models
 from tldist.fuse.methods import METHODS, Method, Settings, model_shares
-from tldist.fuse.parents import Parent, check_fit, read_parents
+from tldist.fuse.parents import Parent, agreed_statistics, check_fit, read_parents
 from tldist.fuse.recipe import FuseRecipe
 from tldist.fuse.verdict import outcome_of
 from tldist.methods import find_method
 from tldist.models.description import architecture_name
 from tldist.models.load import load_bundle, save_bundle
-from tldist.progress import show_plan, warn
+from tldist.progress import say, show_plan, warn
 from tldist.runs import BUNDLE, Outcome, RunFolder, open_run, recorded
 from tldist.training.ledger import LEDGER, Ledger
 from tldist.training.measure import Measurement, measure, predictor, why_not_measurable
@@ -200,6 +200,10 @@ def _measure(job: Job, model: nn.Module, config: BundleConfig, label: str) -> Me
 def _reestimate(job: Job, model: nn.Module) -> int:
     """Fit BatchNorm statistics to the merged weights; how many batches did it (0: none)."""
     recipe, layers = job.recipe, batchnorm_layers(model)
+    agreed = agreed_statistics(job.everyone)
+    if layers and len(agreed) == len(layers):
+        say(f"the statistics of all {len(layers)} BatchNorm layers are the same in all models: they are kept")
+        return 0
     if not layers:
         if job.data and not job.test:
             warn("data= is not used: the models have no BatchNorm, and nothing can be measured on it")
@@ -222,6 +226,7 @@ def _reestimate(job: Job, model: nn.Module) -> int:
         seed=recipe.seed,
         workers=job.workers,
         most_batches=recipe.recalibrate_batches,
+        agreed=agreed,
     )
 
 
