@@ -113,7 +113,8 @@ class Job:
 
         @torch.no_grad()
         def predict(batch: Tensor) -> Tensor:
-            self.model.eval()
+            if self.model.training:  # setting it walks through every module
+                self.model.eval()
             return self._pick(part.suffix(batch).float(), probe)
 
         self.team.same_buffers(self.model)

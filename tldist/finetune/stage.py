@@ -152,7 +152,8 @@ def _build_learner(
     return Learner(
         model=model,
         wrapped=wrapped,
-        optimizer=wrapped_optimizer,
+        # Accelerate's wrapper only scales the loss of fp16; it also searches for a library in every step.
+        optimizer=wrapped_optimizer if accelerator.scaler is not None else optimizer,
         bare_optimizer=optimizer,
         accelerator=accelerator,
         team=job.team,

@@ -34,8 +34,8 @@ class Learner:
     Attributes:
         model: the bare module.
         wrapped: the part of it that runs in each step, behind Accelerate (DDP, autocast).
-        optimizer: behind Accelerate.
-        bare_optimizer: the same without it, for its state.
+        optimizer: steps the weights; behind Accelerate where the loss is scaled (fp16).
+        bare_optimizer: the same without Accelerate, for its state.
         accelerator, team: the job.
         frozen: modules that stay in evaluation mode.
         objective: loss of each sample.

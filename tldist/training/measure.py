@@ -175,7 +175,8 @@ def predictor(
 
     @torch.no_grad()
     def predict(images: Tensor) -> Tensor:
-        model.eval()
+        if model.training:  # setting it walks through every module
+            model.eval()
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16
         with torch.autocast(images.device.type, dtype=dtype, enabled=precision != "fp32"):
             logits: Tensor = model(input_tensor(images, how, memory))
