@@ -1,4 +1,8 @@
-"""Real processes for tests: a function runs on every rank of a gloo job, forked after the imports (0.1 s)."""
+"""Real processes for tests: a function runs on every rank of a gloo job.
+
+The ranks are forked from a server that has done the imports and nothing else (0.1 s each): PyTorch refuses
+to go backward in a fork of a process that has gone backward before, as the process of the tests has.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +36,14 @@ def run_ranks(
     """Call ``function(*args)`` on ``ranks`` processes that form one job; the results by rank.
 
     The function finds the environment of a launcher and joins the job itself, as a stage does, with
-    `tldist.distributed.start`. It may be a closure (nothing is pickled but what it returns). The parent stays
-    outside of the job.
+    `tldist.distributed.start`. It is a function of a module, its arguments and result can be pickled. The
+    parent stays outside of the job.
 
     Raises:
         RanksFailed: with the traceback of every rank that raised.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tldist.finetune.run", "tldist.fuse.run", "tldist.align.run", __name__])
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / f"{rank}.pkl" for rank in range(ranks)]
         port = _free_port()

@@ -168,10 +168,18 @@ def test_resume__damaged_newest_checkpoint_is_passed_over(calm: Run, tmp_path: P
     _assert_bitwise(calm.out, rough.out)
 
 
-EVERYTHING = (
-    "train=last:1 unfreeze=2:all probe=1 ema=0.9 augment.mixup=0.4 augment.policy=trivialaugment "
-    "optimizer.l2_sp=0.01 optimizer.layer_decay=0.8 class_weights=balanced gradient_accumulation=2"
-).split()
+EVERYTHING = [
+    "train=last:1",
+    "unfreeze=2:all",
+    "probe=1",
+    "ema=0.9",
+    "augment.mixup=0.4",
+    "augment.policy=trivialaugment",
+    "optimizer.l2_sp=0.01",
+    "optimizer.layer_decay=0.8",
+    "class_weights=balanced",
+    "gradient_accumulation=2",
+]
 
 
 def test_resume__with_phases_averages_and_mixing_is_bitwise(calm: Run, tmp_path: Path) -> None:

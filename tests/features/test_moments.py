@@ -68,18 +68,19 @@ def test_moments__no_part_is_none() -> None:
     assert merge_moments([None, None]) is None
 
 
+def _gathered(shares: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, int]:
+    team = distributed.start()
+    mine = shares[team.rank]
+    found = gather_moments(Moments.from_batch(mine) if len(mine) else None, team)
+    assert found is not None
+    return found.mean.numpy(), found.covariance.numpy(), found.count
+
+
 def test_gather_moments__processes_agree_with_numpy() -> None:
     values = sample(101, 8, seed=5, mean=10.0)
     shares = [values[:40], values[40:40], values[40:]]  # the second process has no sample
 
-    def work() -> tuple[np.ndarray, np.ndarray, int]:
-        team = distributed.start()
-        mine = shares[team.rank]
-        found = gather_moments(Moments.from_batch(mine) if len(mine) else None, team)
-        assert found is not None
-        return found.mean.numpy(), found.covariance.numpy(), found.count
-
-    answers = run_ranks(work, 3)
+    answers = run_ranks(_gathered, 3, shares)
     for mean, covariance, count in answers:
         assert count == 101
         np.testing.assert_allclose(mean, values.mean(0), atol=1e-10)
