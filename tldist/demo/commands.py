@@ -14,17 +14,20 @@ from typing import Any
 import torch
 
 from tldist import cli
+from tldist.domain.recipe import DataRecipe
 from tldist.errors import CheckFailed, Preempted, TldistError
 from tldist.progress import say
 from tldist.share import find_shared
 
 
 def as_words(settings: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Settings as typed: ``{"optimizer": {"lr": 0.1}}`` to ``["optimizer.lr=0.1"]``."""
+    """Settings as typed: ``{"data": {"path": "D"}, "optimizer": {"lr": 0.1}}`` to data=D optimizer.lr=0.1."""
     words: list[str] = []
     for name, value in settings.items():
         if isinstance(value, Mapping):
             words += as_words(value, f"{prefix}{name}.")
+        elif prefix and name == DataRecipe.shorthand:
+            words.append(f"{prefix[:-1]}={_as_text(value)}")
         else:
             words.append(f"{prefix}{name}={_as_text(value)}")
     return words

@@ -9,24 +9,45 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 DIGITS = tuple("0123456789")
 SIDE = 32
 """Pixels of every image file."""
-STYLES: dict[str, tuple[str, ...]] = {
-    "sans": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSansMono-Bold", "cmss10"),
-    "serif": ("DejaVuSerif", "DejaVuSerif-Bold", "STIXGeneral", "STIXGeneralBol", "cmr10", "cmtt10"),
+_ASCII, _MATH_SANS, _MATH_SANS_BOLD, _MATH_MONO = "0", "\U0001d7e2", "\U0001d7ec", "\U0001d7f6"
+STYLES: dict[str, tuple[tuple[str, str], ...]] = {
+    "sans": (
+        ("DejaVuSans", _ASCII),
+        ("DejaVuSans-Bold", _ASCII),
+        ("DejaVuSansMono", _ASCII),
+        ("DejaVuSansMono-Bold", _ASCII),
+        ("STIXGeneral", _MATH_SANS),
+        ("STIXGeneral", _MATH_SANS_BOLD),
+        ("cmss10", _ASCII),
+    ),
+    "serif": (
+        ("DejaVuSerif", _ASCII),
+        ("DejaVuSerif-Bold", _ASCII),
+        ("STIXGeneral", _ASCII),
+        ("STIXGeneralBol", _ASCII),
+        ("STIXGeneral", _MATH_MONO),
+        ("cmr10", _ASCII),
+        ("cmb10", _ASCII),
+        ("cmtt10", _ASCII),
+    ),
     "slanted": (
-        "DejaVuSans-Oblique",
-        "DejaVuSansMono-BoldOblique",
-        "DejaVuSerif-Italic",
-        "DejaVuSerif-BoldItalic",
-        "STIXGeneralItalic",
-        "cmti10",
+        ("DejaVuSans-Oblique", _ASCII),
+        ("DejaVuSans-BoldOblique", _ASCII),
+        ("DejaVuSansMono-Oblique", _ASCII),
+        ("DejaVuSansMono-BoldOblique", _ASCII),
+        ("DejaVuSerif-Italic", _ASCII),
+        ("DejaVuSerif-BoldItalic", _ASCII),
+        ("STIXGeneralItalic", _ASCII),
+        ("STIXGeneralBolIta", _ASCII),
+        ("cmti10", _ASCII),
     ),
 }
-"""The source domains: a style and the fonts (which matplotlib carries) that print its digits."""
+"""The source domains: a style, and its faces (a font that matplotlib carries, the character of its zero)."""
 
 _GRID = 8  # the resolution of scikit-learn's digits
 _BITMAP = 32  # its digits are counts of ink in 4x4 cells of a 32x32 bitmap
@@ -45,14 +66,15 @@ def write_source(folder: Path, style: str, per_class: int, seed: int) -> Path:
     """
     if folder.is_dir():
         return folder
-    fonts = [ImageFont.truetype(str(path), 96) for path in find_fonts(style)]
+    faces = [(ImageFont.truetype(str(find_font(name)), 96), zero) for name, zero in STYLES[style]]
     random = np.random.default_rng([seed, zlib.crc32(style.encode())])
     with _whole_folder(folder) as making:
         for digit in DIGITS:
             for number in range(per_class):
                 split = "val" if number < per_class // 5 else "train"
-                font = fonts[int(random.integers(len(fonts)))]
-                _save(making / split / digit / f"{number}.png", print_digit(digit, font, random))
+                font, zero = faces[int(random.integers(len(faces)))]
+                character = chr(ord(zero) + int(digit))
+                _save(making / split / digit / f"{number}.png", print_character(character, font, random))
     return folder
 
 
@@ -95,15 +117,14 @@ def write_target(folder: Path, draw: int, labelled: int) -> Path:
     return folder
 
 
-def find_fonts(style: str) -> list[Path]:
-    """The font files of a style, from matplotlib's own folder."""
+def find_font(name: str) -> Path:
+    """The file of a font, in matplotlib's own folder."""
     import matplotlib
 
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    return [folder / f"{name}.ttf" for name in STYLES[style]]
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
 
 
-def print_digit(digit: str, font: ImageFont.FreeTypeFont, random: np.random.Generator) -> np.ndarray:
+def print_character(character: str, font: ImageFont.FreeTypeFont, random: np.random.Generator) -> np.ndarray:
     """Print one digit as a person with a worn typewriter might, and scan it as the target was scanned.
 
     Random stroke thickness, rotation, slant and wrinkles; then the target's own acquisition: the ink fills a
@@ -115,7 +136,7 @@ def print_digit(digit: str, font: ImageFont.FreeTypeFont, random: np.random.Gene
     image = Image.new("L", (_CANVAS, _CANVAS))
     stroke = int(random.integers(0, 5))
     ImageDraw.Draw(image).text(
-        (_CANVAS / 2, _CANVAS / 2), digit, fill=255, font=font, anchor="mm", stroke_width=stroke
+        (_CANVAS / 2, _CANVAS / 2), character, fill=255, font=font, anchor="mm", stroke_width=stroke
     )
     image = _warp(image, random)
     return count_ink(image.crop(image.getbbox()), random)
@@ -142,15 +163,19 @@ def _warp(image: Image.Image, random: np.random.Generator) -> Image.Image:
 
 
 def count_ink(ink: Image.Image, random: np.random.Generator) -> np.ndarray:
-    """Fit ink to the bitmap's height at a random width and place; count it by cell: (8, 8), 0 to 16."""
-    width = ink.width / ink.height * _BITMAP * random.uniform(0.8, 1.1)
-    width = int(np.clip(round(width), 5, 26))
-    fitted = np.asarray(ink.resize((width, _BITMAP), Image.Resampling.BOX)) > random.uniform(90, 160)
-    bitmap = np.zeros((_BITMAP, _BITMAP))
+    """Fit ink to the bitmap's height at a random width and place; count it by cell: (8, 8), 0 to 16.
+
+    In the target every digit, a 1 too, has about the same ink: its strokes are as thick as that takes. So the
+    border of the ink is drawn where it encloses a random share of the bitmap near the target's.
+    """
+    width = int(np.clip(round(ink.width / ink.height * _BITMAP * random.uniform(0.8, 1.1)), 5, 26))
     left = int(np.clip((_BITMAP - width) // 2 + random.integers(-2, 3), 0, _BITMAP - width))
-    bitmap[:, left : left + width] = fitted
+    paper = Image.new("L", (_BITMAP, _BITMAP))
+    paper.paste(ink.resize((width, _BITMAP), Image.Resampling.BOX), (left, 0))
+    grey = np.asarray(paper.filter(ImageFilter.GaussianBlur(random.uniform(1.0, 2.0))), dtype=float)
+    bitmap = grey > np.quantile(grey, 1 - random.uniform(0.24, 0.37))
     cell = _BITMAP // _GRID
-    return bitmap.reshape(_GRID, cell, _GRID, cell).sum((1, 3))
+    return bitmap.reshape(_GRID, cell, _GRID, cell).sum((1, 3)).astype(float)
 
 
 @contextlib.contextmanager

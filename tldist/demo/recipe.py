@@ -20,7 +20,7 @@ class DemoRecipe(Recipe):
     """How many random choices of the labelled images the table is taken over."""
     labelled: int = Field(default=5, ge=2)
     """Labelled images of each handwritten digit to learn from; all others are the test set."""
-    printed: int = Field(default=200, ge=10)
+    printed: int = Field(default=250, ge=10)
     """Printed images of each digit in each source domain; a fifth of them chooses the best."""
     quick: bool = False
     """Train so little that the table means nothing: to see that every step works here."""

@@ -10,12 +10,15 @@ from tldist.demo.domains import SIDE, STYLES
 from tldist.demo.recipe import DemoRecipe
 
 MODEL = "resnet18"
+UNADAPTED = "printed digits only"
+FUSED_ONLY = "sources fused"
+ALIGNED = "features aligned (CORAL)"
 SCRATCH = "from scratch"
 PROBE = "frozen features, linear probe"
-ALIGNED = "aligned features, linear probe"
 ONE_SOURCE = "one source, fine-tuned"
 FUSED = "sources fused, fine-tuned"
-UNADAPTED = "printed digits only"
+WITHOUT_LABELS = (UNADAPTED, FUSED_ONLY, ALIGNED)
+"""The methods that see no label of the target."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Effort:
         target: epochs on the labelled target images.
     """
 
-    base: int = 3
-    source: int = 1
+    base: int = 4
+    source: int = 2
     target: int = 12
 
 
@@ -79,7 +82,7 @@ class Story:
             "epochs": self.effort.base,
             "batch_size": 64,
             "optimizer": {"lr": 2e-3},
-            "augment": {"flip": False, "crop": (0.6, 1.0)},
+            "augment": {"flip": False, "crop": (0.4, 1.0), "ratio": (0.6, 1.67)},
             **self._common(),
         }
 
@@ -91,24 +94,24 @@ class Story:
             "out": self.run(f"source-{name}"),
             "epochs": self.effort.source,
             "batch_size": 64,
-            "optimizer": {"lr": 5e-4},
-            "augment": {"flip": False, "crop": (0.6, 1.0)},
+            "optimizer": {"lr": 1e-3},
+            "augment": {"flip": False, "crop": (0.4, 1.0)},
             **self._common(),
         }
 
-    def fusion(self) -> dict[str, Any]:
-        """The average of the source models; BatchNorm statistics from the printed digits of all of them."""
+    def fusion(self, draw: int) -> dict[str, Any]:
+        """The average of the source models; BatchNorm statistics from target images, without their labels."""
         return {
             "method": "average",
-            "data": self.domain("pool"),
-            "out": self.run("fused"),
+            "data": self.target(draw),
+            "out": self.run(f"draw-{draw}/fused"),
             "workers": 0,
         }
 
     def alignment(self, draw: int) -> dict[str, Any]:
         """CORAL from the printed digits to the handwritten ones, whose labels it does not read."""
         return {
-            "source": self.domain("pool"),
+            "source": {"path": self.domain("pool"), "limit": 1500},
             "target": self.target(draw),
             "method": "coral",
             "out": self.run(f"draw-{draw}/aligned"),
@@ -120,37 +123,43 @@ class Story:
         one = self.sources[draw % len(self.sources)]  # in turn, so that no source is chosen by its result
         return {
             SCRATCH: self._scratch(draw),
-            PROBE: self._probe(draw, "probe", self.bundle("base")),
-            ALIGNED: self._probe(draw, "aligned-probe", self.bundle(f"draw-{draw}/aligned")),
+            PROBE: self._probe(draw),
             ONE_SOURCE: self._full(draw, "one-source", self.bundle(f"source-{one}")),
-            FUSED: self._full(draw, "fused-tuned", self.bundle("fused")),
+            FUSED: self._full(draw, "fused-tuned", self.bundle(f"draw-{draw}/fused")),
         }
 
     def _scratch(self, draw: int) -> dict[str, Any]:
         start = {"model": MODEL, "weights": "none", "image_size": SIDE, "optimizer": {"lr": 1e-3}}
-        return {**self._on_target(draw, "scratch"), **start, "epochs": self.effort.target * 2}
+        return {**self._on_target(draw, "scratch"), **start}
 
     def _full(self, draw: int, name: str, bundle: Path) -> dict[str, Any]:
         start = {"model": bundle, "optimizer": {"lr": 3e-4}}
-        return {**self._on_target(draw, name), **start, "epochs": self.effort.target}
+        return {**self._on_target(draw, name), **start}
 
-    def _probe(self, draw: int, name: str, bundle: Path) -> dict[str, Any]:
+    def _probe(self, draw: int) -> dict[str, Any]:
         """A linear probe: the frozen part of fixed images is computed once and kept in the demo's folder."""
-        start = {"model": bundle, "train": "head", "optimizer": {"lr": 3e-3}}
+        start = {"model": self.bundle("base"), "train": "head", "optimizer": {"lr": 3e-3}}
         fixed = {"augment": {"flip": False, "crop": None}, "cache": {"folder": self.run("cache")}}
-        return {**self._on_target(draw, name), **start, **fixed, "epochs": self.effort.target}
+        return {**self._on_target(draw, "probe"), **start, **fixed}
 
     def _on_target(self, draw: int, name: str) -> dict[str, Any]:
-        """What all trainings on the labelled images share: too few of them to hold any out."""
+        """What all trainings on the labelled images share; they are too few to hold any out."""
         return {
             "data": self.target(draw),
             "out": self.run(f"draw-{draw}/{name}"),
             "validation": 0,
+            "epochs": self.effort.target,
             "batch_size": 10,
-            "augment": {"flip": False, "crop": (0.6, 1.0), "ratio": (0.6, 1.67)},
+            "augment": {"flip": False, "crop": (0.6, 1.0)},
             **self._common(),
         }
 
     def _common(self) -> dict[str, Any]:
         """Small images: no decoding processes, and no trial of other precisions than fp32."""
-        return {"precision": "fp32", "workers": 0, "seed": self.recipe.seed, "checkpoint": {"keep": 1}}
+        return {
+            "precision": "fp32",
+            "label_smoothing": 0.1,
+            "workers": 0,
+            "seed": self.recipe.seed,
+            "checkpoint": {"keep": 1},
+        }
