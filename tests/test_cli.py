@@ -214,6 +214,7 @@ def run_without(missing: str, *arguments: str) -> subprocess.CompletedProcess[st
         ("torch,torchvision,accelerate", ["models"], "train"),
         ("jinja2", ["report", "RUN", "out=r.html"], "report"),
         ("pyarrow", ["embed", "m", "data=D", "out=o"], "embed"),
+        ("sklearn", ["demo", "out=o"], "demo"),
     ],
 )
 def test_missing__library_names_the_pip_line(missing: str, arguments: list[str], extra: str) -> None:

@@ -8,8 +8,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from sklearn.datasets import load_digits
 
 DIGITS = tuple("0123456789")
 SIDE = 32
@@ -104,8 +106,6 @@ def write_target(folder: Path, draw: int, labelled: int) -> Path:
     """
     if folder.is_dir():
         return folder
-    from sklearn.datasets import load_digits
-
     digits = load_digits()
     random = np.random.default_rng([draw, 2024])
     with _whole_folder(folder) as making:
@@ -119,8 +119,6 @@ def write_target(folder: Path, draw: int, labelled: int) -> Path:
 
 def find_font(name: str) -> Path:
     """The file of a font, in matplotlib's own folder."""
-    import matplotlib
-
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
 
 
