@@ -31,7 +31,7 @@ class Effort:
         target: epochs on the labelled target images.
     """
 
-    base: int = 3
+    base: int = 4
     source: int = 2
     target: int = 12
 
