@@ -18,7 +18,8 @@ import pytest
 
 import tldist
 from tests.support import REPOSITORY
-from tldist.recipe import Recipe, describe_settings, walk_fields
+from tldist.recipe import Recipe, walk_fields
+from tldist.settings_help import describe_settings
 from tldist.stages import STAGES, load_recipe_class
 
 HEAVY = ("torch", "torchvision", "accelerate")
@@ -26,6 +27,7 @@ BASE = (
     "tldist.errors",
     "tldist.files",
     "tldist.recipe",
+    "tldist.settings_help",
     "tldist.bundle",
     "tldist.progress",
     "tldist.runs",

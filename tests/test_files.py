@@ -156,3 +156,13 @@ def test_json__missing_or_malformed_names_file_and_expectation(tmp_path: Path) -
         read_json(tmp_path / "f.json", BundleError, "thing")
     write_json(tmp_path / "f.json", {"a": [1]})
     assert read_json(tmp_path / "f.json", BundleError, "thing") == json.loads('{"a": [1]}')
+
+
+def test_atomic_folder__killed_between_its_two_renames_keeps_the_old_one(tmp_path: Path) -> None:
+    """The state that such a kill leaves: the old folder aside, the new one not yet in its place."""
+    for name, text in ((".tmp-0123456789ab-old-bundle", "old"), (".tmp-ba9876543210-bundle", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    assert (tmp_path / "bundle" / "config.json").read_text() == "old"

@@ -57,9 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     finally:
-        distributed = sys.modules.get("tldist.distributed")
-        if distributed is not None:
-            distributed.end()
+        _leave_job(together=False)
+
+
+def _leave_job(together: bool) -> None:
+    """End the job of several processes, where the stage has joined one."""
+    distributed = sys.modules.get("tldist.distributed")
+    if distributed is not None:
+        distributed.end(together=together)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -83,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
     stage = find_stage(options.command)
     recipe_class = load_recipe_class(stage)
     if options.help:
-        from tldist.recipe import describe_settings
+        from tldist.settings_help import describe_settings
 
         print(f"tldist {options.command} {stage.usage}\n\n  {stage.sentence}\n\nsettings (key=value):")
         print(describe_settings(recipe_class))
@@ -106,6 +111,7 @@ def _run(options: argparse.Namespace) -> int:
             f"Run it without accelerate launch."
         )
     outcome = _import_work(stage)(recipe)
+    _leave_job(together=True)
     _print_outcome(outcome, options.json)
     return 0 if outcome.passed else 1
 

@@ -146,9 +146,15 @@ def start() -> Team:
     )
 
 
-def end() -> None:
-    """Leave the job; safe to call alone and twice."""
+def end(*, together: bool = False) -> None:
+    """Leave the job; safe to call alone and twice.
+
+    Args:
+        together: wait for the others first: all is well, and none shall lose its peers while it finishes.
+    """
     if dist.is_available() and dist.is_initialized():
+        if together:
+            dist.barrier()
         dist.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 from tldist.errors import TldistError
 
 _TEMPORARY = ".tmp-"
+_ASIDE = re.compile(r"\.tmp-[0-9a-f]{12}-old-(.+)")
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
@@ -104,9 +106,15 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove what a killed process left half-written directly in ``folder``."""
+    """Remove what a killed process left half-written directly in ``folder``.
+
+    A folder that was moved aside, and whose successor did not come to its place, is moved back.
+    """
     for leftover in Path(folder).glob(f"{_TEMPORARY}*"):
-        if leftover.is_dir():
+        aside = _ASIDE.fullmatch(leftover.name)
+        if aside and not (Path(folder) / aside[1]).exists():
+            leftover.rename(Path(folder) / aside[1])
+        elif leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-import textwrap
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
@@ -85,7 +84,7 @@ class Recipe(BaseModel):
 
 def _read_text(value: Any, annotation: Any) -> Any:
     """Read text by the field's type: ``none`` where None is allowed, ``a,b`` where a list is expected."""
-    variants = list(_variants(annotation))
+    variants = list(type_variants(annotation))
     if isinstance(value, Path) and str in variants and Path not in variants:
         return str(value)
     if not isinstance(value, str):
@@ -97,20 +96,20 @@ def _read_text(value: Any, annotation: Any) -> Any:
     return value
 
 
-def _variants(annotation: Any) -> Iterator[Any]:
+def type_variants(annotation: Any) -> Iterator[Any]:
     """The members of a union, Annotated wrappers taken off."""
     if get_origin(annotation) is Annotated:
-        yield from _variants(get_args(annotation)[0])
+        yield from type_variants(get_args(annotation)[0])
     elif get_origin(annotation) in (types.UnionType, typing.Union):
         for member in get_args(annotation):
-            yield from _variants(member)
+            yield from type_variants(member)
     else:
         yield annotation
 
 
-def _nested(field: FieldInfo) -> type[Recipe] | None:
+def nested_recipe(field: FieldInfo) -> type[Recipe] | None:
     """The recipe class of a nested field, if it is one."""
-    for variant in _variants(field.annotation):
+    for variant in type_variants(field.annotation):
         if isinstance(variant, type) and issubclass(variant, Recipe):
             return variant
     return None
@@ -119,7 +118,7 @@ def _nested(field: FieldInfo) -> type[Recipe] | None:
 def walk_fields(recipe: type[Recipe], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """All settings with their dotted names, nested ones in place."""
     for name, field in recipe.model_fields.items():
-        nested = _nested(field)
+        nested = nested_recipe(field)
         if nested:
             yield from walk_fields(nested, f"{prefix}{name}.")
         else:
@@ -217,7 +216,7 @@ def _full_key(recipe: type[Recipe], key: str) -> str:
     parts = key.split(".")
     for part in parts:
         field = current.model_fields.get(part)
-        nested = _nested(field) if field else None
+        nested = nested_recipe(field) if field else None
         if nested is None:
             return key
         current = nested
@@ -229,7 +228,7 @@ def _expand_shorthands(recipe: type[Recipe], values: dict[str, Any]) -> dict[str
     expanded = dict(values)
     for name, value in values.items():
         field = recipe.model_fields.get(name)
-        nested = _nested(field) if field else None
+        nested = nested_recipe(field) if field else None
         if nested and isinstance(value, str) and nested.shorthand and value.lower() not in _NOTHING:
             expanded[name] = {nested.shorthand: value}
         elif nested and isinstance(value, dict):
@@ -247,7 +246,7 @@ def _place_inputs(recipe: type[Recipe], inputs: list[str]) -> dict[str, Any]:
             taken[slot[:-1]], rest = rest, []
         else:
             field = recipe.model_fields[slot]
-            nested = _nested(field)
+            nested = nested_recipe(field)
             value = rest.pop(0)
             taken[slot] = {nested.shorthand: value} if nested and nested.shorthand else value
     if rest:
@@ -336,7 +335,7 @@ def check_same_run(folder: Path, old: Recipe, new: Recipe) -> None:
                 continue
             raise RecipeError(f"{folder} was made with {name}={before}; it may grow, not shrink to {now}.")
         raise RecipeError(
-            f"{folder} was made with {name}={_show(before)}, now it is {name}={_show(now)}. "
+            f"{folder} was made with {name}={show_value(before)}, now it is {name}={show_value(now)}. "
             f"Set it back to go on there, or choose another out=."
         )
 
@@ -348,65 +347,10 @@ def _get(recipe: Recipe | None, dotted: str) -> Any:
     return value
 
 
-# -- help ------------------------------------------------------------------------------------------------
-
-
-def describe_settings(recipe: type[Recipe], prefix: str = "", optional: bool = False) -> str:
-    """The help of every setting: name, type, default, the sentence from its docstring."""
-    blocks = []
-    for name, field in recipe.model_fields.items():
-        nested = _nested(field)
-        if nested is None:
-            blocks.append(_describe_field(f"{prefix}{name}", field, optional))
-            continue
-        short = f" ({prefix}{name}=X sets {prefix}{name}.{nested.shorthand})" if nested.shorthand else ""
-        text = " ".join((field.description or nested.__doc__ or "").split())
-        blocks.append(_indented(f"  {prefix}{name}.*{short}", text))
-        may_lack = optional or type(None) in _variants(field.annotation)
-        blocks.append(describe_settings(nested, f"{prefix}{name}.", may_lack))
-    return "\n".join(blocks)
-
-
-def _describe_field(name: str, field: FieldInfo, optional: bool) -> str:
-    if field.is_required():
-        default = f"required where {name.rsplit('.', 1)[0]} is given" if optional else "required"
-    else:
-        default = f"default {_show(field.get_default())}"
-    kind = field_kind(field)
-    note = "" if kind is IDENTITY else f", {kind.name} on resume"
-    head = f"  {name}  ({_type_words(field.annotation)}, {default}{note})"
-    return _indented(head, " ".join((field.description or "").split()))
-
-
-def _indented(head: str, body: str, width: int = 100) -> str:
-    filled = textwrap.fill(body, width, initial_indent="      ", subsequent_indent="      ")
-    return f"{head}\n{filled}" if body else head
-
-
-def _show(value: Any) -> str:
+def show_value(value: Any) -> str:
+    """A value as it is typed on the command line."""
     if isinstance(value, tuple | list):
         return ",".join(str(part) for part in value) or "(empty)"
     if isinstance(value, bool):
         return str(value).lower()
     return "none" if value is None else str(value)
-
-
-def _type_words(annotation: Any) -> str:
-    return " or ".join(dict.fromkeys(_one_type(variant) for variant in _variants(annotation)))
-
-
-def _one_type(variant: Any) -> str:
-    if get_origin(variant) is Literal:
-        return "|".join(str(choice) for choice in get_args(variant))
-    if get_origin(variant) in (tuple, list):
-        members: Iterable[Any] = (member for member in get_args(variant) if member is not Ellipsis)
-        return "list of " + " and ".join(dict.fromkeys(_type_words(member) for member in members))
-    words = {
-        str: "text",
-        int: "integer",
-        float: "number",
-        bool: "true|false",
-        Path: "path",
-        type(None): "none",
-    }
-    return words.get(variant, getattr(variant, "__name__", str(variant)))

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import make_images
+from tests.support_processes import run_ranks
 from tldist import api
 from tldist.data.order import seed_of
 from tldist.errors import Diverged, MachineError, RecipeError
@@ -182,3 +183,18 @@ def test_calibration__goes_with_the_bundle(data: Path, tmp_path: Path) -> None:
 def test_sync_batchnorm__on_a_cpu_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="sync_batchnorm=true needs GPUs"):
         finetune(data, tmp_path / "r", sync_batchnorm=True)
+
+
+def _one_image_left(folder: Path, out: Path) -> None:
+    settings = {"model": "resnet18", "epochs": 1, "batch_size": 10, "validation": 0}
+    finetune(folder, out, **settings)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_last_batch__of_one_image_and_live_batchnorm(tmp_path: Path, ranks: int) -> None:
+    """One image has no variance over the batch where the network ends at 1x1."""
+    folder = make_images(tmp_path / "d", {"a": 6, "b": 5})
+    run_ranks(_one_image_left, ranks, folder, tmp_path / "r")
+    state = load_file(tmp_path / "r" / "bundle" / "model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    assert state["bn1.num_batches_tracked"] == 1, "the batch of one image does not count"

@@ -54,7 +54,7 @@ def command(stage: str, *inputs: str | Path, **settings: Any) -> None:
     """
     words = [stage, *map(str, inputs), *as_words(settings)]
     say(f"$ tldist {shlex.join(words)}")
-    _check(cli.main(words), words)
+    _check(cli.main(words), stage)
 
 
 def launched(stage: str, **settings: Any) -> None:
@@ -71,7 +71,7 @@ def launched(stage: str, **settings: Any) -> None:
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
     threads = str(max(1, (os.cpu_count() or 2) // 2))
     answer = subprocess.run([*launcher, *words], env={"OMP_NUM_THREADS": threads, **os.environ}, check=False)
-    _check(answer.returncode, words)
+    _check(answer.returncode, stage)
 
 
 @contextlib.contextmanager
@@ -92,10 +92,10 @@ def _short(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _check(code: int, words: list[str]) -> None:
+def _check(code: int, stage: str) -> None:
     if code == 0:
         return
-    message = f"the demo stops: the step '{words[0]}' ended with exit code {code} (its own message is above)."
+    message = f"the demo stops: the step '{stage}' ended with exit code {code} (its own message is above)."
     if code == cli.INTERRUPTED:
         raise KeyboardInterrupt
     raise {CheckFailed.exit_code: CheckFailed, Preempted.exit_code: Preempted}.get(code, TldistError)(message)

@@ -136,6 +136,7 @@ def sum_up(folder: RunFolder, manifest: Manifest, domain: Domain, claims: Claims
         DomainError: more broken images than the domain's limit.
     """
     with claims.alone():
+        _remove_leftovers(folder.path, claims)  # of a process that was lost meanwhile
         records = [read_record(folder.path, unit) for unit in range(manifest.units)]
         bad = [entry for record in records for entry in record.bad]
         check_broken(domain, len(bad), lambda: bad[0], at_least=False)

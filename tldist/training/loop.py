@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -114,6 +115,7 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
         stop: whether this process was asked to stop; all learn of it with the step's counts.
     """
     device = learner.team.device
+    norms = _live_norms(learner)
     learner.model.eval()
     for batch in batches:
         plan = batch.step
@@ -138,7 +140,8 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
             targets = labels
             if learner.mix is not None:
                 inputs, targets = learner.mix(inputs, labels)
-            with nullcontext() if last else learner.accelerator.no_sync(learner.wrapped):
+            sync = nullcontext() if last else learner.accelerator.no_sync(learner.wrapped)
+            with sync, _normalised(norms, by_batch=len(images) > 1):
                 losses = learner.objective(learner.wrapped(inputs).float(), targets) * weight
                 learner.accelerator.backward(losses.sum() * scale)
             loss_sum += losses.detach().double().sum()
@@ -153,6 +156,27 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
 
         samples += plan.total
         yield Step(plan, samples, loss_sum, counts, lr)
+
+
+def _live_norms(learner: Learner) -> list[_BatchNorm]:
+    """The BatchNorm layers that learn."""
+    frozen = set(learner.frozen)
+    return [m for m in learner.model.modules() if isinstance(m, _BatchNorm) and m not in frozen]
+
+
+@contextmanager
+def _normalised(norms: list[_BatchNorm], by_batch: bool) -> Iterator[None]:
+    """While inside, BatchNorm normalises by the batch, or by what it remembers: one image has no variance."""
+    if by_batch:
+        yield
+        return
+    for module in norms:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in norms:
+            module.training = True
 
 
 def _seed(seed: int, device: torch.device) -> None:
