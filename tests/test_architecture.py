@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import pkgutil
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from itertools import chain
 from pathlib import Path
@@ -17,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import tldist
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, run_python
 from tldist.recipe import Recipe, walk_fields
 from tldist.settings_help import describe_settings
 from tldist.stages import STAGES, load_recipe_class
@@ -66,19 +63,6 @@ def torch_free_modules() -> list[str]:
         if (name in BASE or f"{name}.".startswith(TORCH_FREE_ROOMS) or name.endswith(".recipe"))
         and name not in NEED_TORCH
     ]
-
-
-def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new process."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
-        check=False,
-    )
 
 
 IMPORT_ALL = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import pytest
 import yaml
 
 import tldist
-from tests.support import REPOSITORY, run_tldist
+from tests.support import run_python, run_tldist
 from tldist import stages
 from tldist.cli import main
 from tldist.errors import CheckFailed, Preempted, RecipeError, TldistError
@@ -196,15 +195,7 @@ sys.exit(main(sys.argv[2:]))
 
 def run_without(missing: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command in a process in which some libraries cannot be imported."""
-    return subprocess.run(
-        [sys.executable, "-c", WITHOUT, missing, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
-        check=False,
-    )
+    return run_python(WITHOUT, missing, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -35,16 +35,8 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable (a rename is only safe once its folder is on disk)."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_file(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file, or the names in a folder, durable (a rename is only safe once its folder is on disk)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -68,9 +60,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         # Some writers (safetensors) create files for the owner alone; a shared folder wants the umask.
         temporary.chmod(0o666 & ~_umask())
-        _sync_file(temporary)
+        sync(temporary)
         temporary.replace(target)
-        sync_folder(target.parent)
+        sync(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -92,13 +84,13 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             if file.is_file():
                 file.chmod(0o666 & ~mask)
-                _sync_file(file)
-        sync_folder(temporary)
+                sync(file)
+        sync(temporary)
         aside = target.parent / f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-old-{target.name}"
         if target.exists():
             target.rename(aside)
         temporary.rename(target)
-        sync_folder(target.parent)
+        sync(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
-from tests.support import REPOSITORY, make_images
+from tests.support import make_images, run_python
 
 _HEAD = """
 import sys
@@ -30,15 +28,7 @@ raise SystemExit(main(["parity", *{arguments!r}]))
 
 
 def run_without(script: str, more: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", _HEAD.format(more=more) + script],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
-        check=False,
-    )
+    return run_python(_HEAD.format(more=more) + script)
 
 
 def test_predict__without_torch(exported: tuple[Path, Path], tmp_path: Path) -> None:

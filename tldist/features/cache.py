@@ -24,7 +24,7 @@ from tldist.data.order import StepPlan, blocks_of
 from tldist.distributed import Team
 from tldist.domain import Domain
 from tldist.errors import BundleError
-from tldist.files import canonical_json, read_json, sha256_text, sync_folder, write_json
+from tldist.files import canonical_json, read_json, sha256_text, sync, write_json
 from tldist.models.load import hash_tensors
 from tldist.progress import progress_bar
 from tldist.runtime.preprocess import Preprocessing
@@ -249,4 +249,4 @@ def _commit(temporary: Path, target: Path, meta: dict[str, Any]) -> None:
         return
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    sync_folder(target.parent)
+    sync(target.parent)
