@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
+from tldist.data.loader import load_batches
 from tldist.errors import BundleError, ModelError
 from tldist.finetune.job import Job
 from tldist.finetune.stage import Work
 from tldist.finetune.sweep import best_probe, narrow, sweep_settings, sweep_table
-from tldist.models.load import hash_tensors, save_bundle
+from tldist.models.load import hash_tensors, input_tensor, save_bundle
 from tldist.progress import warn
 from tldist.runs import BUNDLE, Outcome, RunFolder
 from tldist.training.calibrate import calibration_error, fit_temperature
@@ -31,6 +35,7 @@ def finish(job: Job, work: Work | None, seconds: float) -> None:
     """
     step = _select(job)
     frozen = _prove_frozen(job)
+    lora = job.adapters.merge(_some_inputs(job)) if job.adapters else None
     validation, sweep = _measure_result(job, work) if job.inputs.validation else (None, None)
     broken = job.state.ledger.settle(job.team)
     metrics = {"val_accuracy": validation.accuracy, "val_loss": validation.loss} if validation else {}
@@ -57,6 +62,7 @@ def finish(job: Job, work: Work | None, seconds: float) -> None:
             train_images=len(job.inputs.train),
             broken_images=broken,
             frozen=frozen,
+            lora=lora,
             validation=validation.to_dict() if validation else None,
             calibration=calibration,
             sweep=sweep,
@@ -125,6 +131,13 @@ def _prove_frozen(job: Job) -> dict[str, Any]:
             "a frozen tensor has changed while training: the model writes to itself in eval mode."
         )
     return {"tensors": len(job.frozen_names), "before": job.frozen_before, "after": after, "equal": True}
+
+
+def _some_inputs(job: Job) -> Tensor:
+    """A few training images as the model's input."""
+    some = [np.arange(min(8, len(job.inputs.train)))]
+    batch = next(iter(load_batches(job.inputs.train, some, job.inputs.how)))
+    return input_tensor(batch.images.to(job.team.device), job.inputs.how, job.numerics.memory_format)
 
 
 def _lineage(job: Job) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tldist.data.loader import num_workers
+from tldist.data.order import seed_of
 from tldist.distributed import Team
 from tldist.errors import MachineError, RecipeError
 from tldist.finetune.frozen import CachedFeatures, FrozenPart
@@ -18,6 +19,8 @@ from tldist.finetune.recipe import FinetuneRecipe
 from tldist.finetune.sweep import one_probe, sweep_settings, widen
 from tldist.models.blocks import Block, cut_blocks, freeze, frozen_tensors, trainable_blocks
 from tldist.models.load import hash_tensors
+from tldist.models.lora import Adapters, add_lora
+from tldist.progress import warn
 from tldist.runs import CHECKPOINTS, RunFolder
 from tldist.training.checkpoint import Checkpoint, Position
 from tldist.training.fit import Fit, resume
@@ -35,11 +38,13 @@ class Job:
     Attributes:
         recipe, team, folder, inputs: what it was prepared from.
         phases: what learns when.
+    learning: the blocks that learn in each phase.
         blocks: of the model, the head last.
         numerics: how it computes.
         workers: decoding processes of each process.
         frozen_names: parameters and buffers that no phase may change.
         frozen_before: their hash.
+    adapters: LoRA, until they are merged.
         pull, average: L2-SP and the moving average of the weights, over all phases.
         state: where the training stands.
         resumed: the checkpoint that it goes on from, until its optimiser's state is taken over.
@@ -50,11 +55,13 @@ class Job:
     folder: RunFolder
     inputs: Inputs
     phases: list[Phase]
+    learning: dict[Phase, list[Block]]
     blocks: list[Block]
     numerics: Numerics
     workers: int
     frozen_names: list[str]
     frozen_before: str
+    adapters: Adapters | None
     pull: PullToStart | None
     average: AveragedModel | None
     state: Fit
@@ -64,10 +71,6 @@ class Job:
     def model(self) -> nn.Module:
         """The bare module, whole."""
         return self.inputs.start.model
-
-    def learning(self, phase: Phase) -> list[Block]:
-        """The blocks that learn in a phase."""
-        return trainable_blocks(self.model, self.blocks, phase.train)
 
     def measure(
         self, precision: str, label: str, *, keep_logits: bool = False, probe: int | None = None
@@ -151,11 +154,15 @@ def prepare(recipe: FinetuneRecipe, team: Team, folder: RunFolder, inputs: Input
                 "sweep.* chooses on validation; give the domain a val split, or validation= a share."
             )
         widen(model, blocks[-1], len(sweep_settings(recipe)))
-    resting = [
-        frozen_tensors(model, freeze(model, trainable_blocks(model, blocks, phase.train))) for phase in phases
-    ]
+    learning = {phase: trainable_blocks(model, blocks, phase.train) for phase in phases}
+    adapters: Adapters | None = None
+    if recipe.lora.rank:
+        everywhere = [block for live in learning.values() for block in live]
+        adapters = _adapt(recipe, model, everywhere, blocks[-1], (how.height, how.width))
+        learning = {phase: adapters.beside(live, blocks[-1]) for phase, live in learning.items()}
+    resting = [frozen_tensors(model, freeze(model, live)) for live in learning.values()]
     frozen_names = [name for name in resting[0] if all(name in names for names in resting[1:])]
-    last = freeze(model, trainable_blocks(model, blocks, phases[-1].train))
+    last = freeze(model, learning[phases[-1]])
     share = -(-recipe.batch_size // (team.size * recipe.gradient_accumulation))
     numerics = settle_numerics(
         recipe.precision,
@@ -180,16 +187,32 @@ def prepare(recipe: FinetuneRecipe, team: Team, folder: RunFolder, inputs: Input
         folder=folder,
         inputs=inputs,
         phases=phases,
+        learning=learning,
         blocks=blocks,
         numerics=numerics,
         workers=num_workers(recipe.workers, team.local_size),
         frozen_names=frozen_names,
         frozen_before=frozen_before,
+        adapters=adapters,
         pull=pull,
         average=average,
         state=_state(recipe, folder, inputs, position, frozen_names),
         resumed=resumed,
     )
+
+
+def _adapt(
+    recipe: FinetuneRecipe, model: nn.Module, learning: list[Block], head: Block, size: tuple[int, int]
+) -> Adapters:
+    """Adapters wherever any phase learns; their first matrices depend on the seed alone."""
+    torch.manual_seed(seed_of("lora", recipe.seed))
+    rank, alpha, dropout = recipe.lora.rank, recipe.lora.alpha or 2.0 * recipe.lora.rank, recipe.lora.dropout
+    adapters = add_lora(model, learning, head, size, rank=rank, alpha=alpha, dropout=dropout)
+    if adapters.bypassed:
+        warn(f"no LoRA in {len(adapters.bypassed)} layers whose weights the model reads without calling them")
+    if adapters.grouped:
+        warn(f"no LoRA in {len(adapters.grouped)} grouped convolutions: they cannot be merged back")
+    return adapters
 
 
 def _average(model: nn.Module, decay: float) -> AveragedModel:

@@ -38,7 +38,7 @@ def show_job(job: Job, planned: list[Planned]) -> None:
 
 
 def _phase_words(job: Job, phase: Phase) -> str:
-    learning = job.learning(phase)
+    learning = job.learning[phase]
     everything = sum(p.numel() for p in job.model.parameters())
     learns = sum(p.numel() for n, p in job.model.named_parameters() if any(b.owns(n) for b in learning))
     epochs = "" if len(job.phases) == 1 else f" for {phase.last_epoch - phase.first_epoch} epochs"

@@ -118,6 +118,20 @@ class SweepRecipe(Recipe):
         return bool(self.lr or self.weight_decay)
 
 
+class LoraRecipe(Recipe):
+    """LoRA (arXiv:2106.09685): small matrices learn beside the frozen layers, and are merged into them at the
+    end: the bundle is a plain one."""
+
+    shorthand: ClassVar[str] = "rank"
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the change of each linear, attention and convolution layer in what ``train`` says; 0: off."""
+    alpha: float | None = Field(default=None, gt=0)
+    """The change is scaled by alpha / rank; none: twice the rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout of the matrices' input."""
+
+
 class CheckpointRecipe(Recipe):
     """What is saved while training, and when."""
 
@@ -193,6 +207,7 @@ class FinetuneRecipe(Recipe):
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     cache: CacheRecipe = CacheRecipe()
     sweep: SweepRecipe = SweepRecipe()
+    lora: LoraRecipe = LoraRecipe()
     workers: Free[int | None] = Field(default=None, ge=0)
     """Processes that decode images for each training process; none: by the number of cores."""
     trust_code: Free[bool] = False
@@ -205,6 +220,11 @@ class FinetuneRecipe(Recipe):
         if self.sweep.is_on and (self.train != "head" or self.unfreeze or self.probe.epochs or self.ema):
             raise ValueError(
                 "sweep.* tries linear probes: it goes with train=head, without unfreeze, probe, ema"
+            )
+        if self.lora.rank and (self.train == "head" or self.optimizer.l2_sp or self.sweep.is_on):
+            raise ValueError(
+                "lora.rank adapts the frozen blocks: it goes with train=last:N, all or re:PATTERN, "
+                "and without optimizer.l2_sp and sweep.*"
             )
         for entry in self.unfreeze:
             epoch, _, what = entry.partition(":")

@@ -77,7 +77,7 @@ class Work:
 
 def plan_part(job: Job, phase: Phase) -> tuple[FrozenPart | None, str]:
     """Whether a phase's frozen part is computed once, and why or why not; the same on all processes."""
-    learning = job.learning(phase)
+    learning = job.learning[phase]
     if not frozen_tensors(job.model, freeze(job.model, learning)):
         return None, ""
     images = (len(job.inputs.train), len(job.inputs.validation) if job.inputs.validation else 0)
@@ -89,7 +89,7 @@ def plan_part(job: Job, phase: Phase) -> tuple[FrozenPart | None, str]:
 
 def enter(job: Job, phase: Phase, part: FrozenPart | None) -> Work:
     """Freeze, build the learner, compute the frozen part or find it computed."""
-    learning = job.learning(phase)
+    learning = job.learning[phase]
     frozen = freeze(job.model, learning)
     learner = _build_learner(job, phase, learning, frozen, part)
     if job.resumed is not None and job.resumed.step > phase.first_epoch * job.state.epoch_steps:

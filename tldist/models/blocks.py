@@ -37,8 +37,10 @@ class Block:
         )
 
     def touches(self, path: str) -> bool:
-        """Whether the module at ``path`` is part of the block, or holds a parameter of it."""
-        return self.owns(path) or any(name.startswith(f"{path}.") for name in self.parameters)
+        """Whether the module at ``path`` is part of the block, or holds a part of it."""
+        return self.owns(path) or any(
+            name.startswith(f"{path}.") for name in (*self.parameters, *self.modules)
+        )
 
 
 def cut_blocks(model: nn.Module) -> list[Block]:

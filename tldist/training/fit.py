@@ -154,6 +154,7 @@ def _take_steps(state: Fit, learner: Learner, batches: Iterable[Batch], stop: St
                 _validate(state, learner, step)
             if epoch_ends or stopping or due:
                 _save(state, learner)
+                window.restart()
             if state.is_over:
                 return
             if stopping:

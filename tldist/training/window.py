@@ -58,8 +58,13 @@ class Window:
                 images_per_second=round(count / seconds, 2),
                 data_wait=round(self.waited / seconds, 4),
             )
-        self.steps, self.begin, self.waited = [], time.perf_counter(), 0.0
+        self.steps = []
+        self.restart()
         return loss
+
+    def restart(self) -> None:
+        """Count time from now on: what lies between the last line and now was no training."""
+        self.begin, self.waited = time.perf_counter(), 0.0
 
     def _explain(self, step: Step) -> None:
         """Name the first bad step and its images; the same command reaches it again."""
