@@ -1,11 +1,11 @@
 """tldist's finetune against timm's train.py: quality (the same settings, paired seeds) and speed.
 
-    python benchmarks/against_timm.py quality --timm-train train.py --data FOLDER [--seeds 5] [--tasks photos,fashion]
+    python benchmarks/against_timm.py quality --timm-train train.py --data FOLDER [--seeds 5]
     python benchmarks/against_timm.py speed --timm-train train.py [--rounds 3]
 
-``train.py`` is the script of timm's repository; FOLDER holds ``photos``, ``models/mobilenet_v2.safetensors`` and
-``FashionMNIST/raw``. Both sides start from the same weights, the head's included; timm trains timm's own model of
-the same architecture. Runs that are in ``--results`` already are not made again.
+``train.py`` is the script of timm's repository; FOLDER holds ``photos``, ``models/mobilenet_v2.safetensors``
+and ``FashionMNIST/raw``. Both sides start from the same weights, the head's included; timm trains timm's own
+model of the same architecture. Runs that are in ``--results`` already are not made again.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def tldist_run(task: Task, seed: int, bundle: Path, out: Path, *settings: str) -
     return found["validation"]["accuracy"], statistics.harmonic_mean(rates)
 
 
-def timm_run(script: Path, task: Task, seed: int, file: Path, out: Path, *options: str) -> tuple[float, float]:
+def timm_run(
+    script: Path, task: Task, seed: int, file: Path, out: Path, *options: str
+) -> tuple[float, float]:
     """The same of timm's script."""
     command = [
         sys.executable, script, "--data-dir", task.data, "--train-split", "train", "--val-split", "val",
@@ -192,7 +194,9 @@ def speed(options: argparse.Namespace) -> None:
             ratios, rates = [], []
             for turn in range(options.rounds):
                 mine = tldist_run(task, turn, bundle, folder / f"tldist-{name}-{turn}", *ours)[1]
-                timms = timm_run(options.timm_train, task, turn, file, folder / f"timm-{name}-{turn}", *theirs)[1]
+                timms = timm_run(
+                    options.timm_train, task, turn, file, folder / f"timm-{name}-{turn}", *theirs
+                )[1]
                 ratios.append(mine / timms)
                 rates.append((mine, timms))
                 print(f"  {name}: tldist {mine:.1f} img/s, timm {timms:.1f} img/s", flush=True)
@@ -205,7 +209,9 @@ def speed(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("quality", "speed"))
     parser.add_argument("--timm-train", type=Path, required=True)
     parser.add_argument("--data", type=Path)

@@ -5,14 +5,22 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    PartialState,
+)
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tldist.errors import MachineError, TldistError
 
@@ -32,12 +40,15 @@ class Team:
         size: number of processes.
         local_size: processes on this host.
         device: where this process computes.
+        shards: whether weights, gradients and optimiser state are spread over the processes (FSDP2) in the
+            place of being copied to each (DDP).
     """
 
     rank: int
     size: int
     local_size: int
     device: torch.device
+    shards: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -49,9 +60,35 @@ class Team:
         check_precision(precision, self.device)
         AcceleratorState._reset_state(reset_partial_state=False)
         ddp = DistributedDataParallelKwargs(**options)
-        return Accelerator(
-            cpu=self.device.type == "cpu", mixed_precision=_MIXED[precision], kwargs_handlers=[ddp]
+        fsdp = None
+        if self.shards:
+            # An Accelerator before this one has written FSDP there, which the next does not start from.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            # Each process has read the weights anyway; and Accelerate 1.15 fails on a parameter of the root.
+            fsdp = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+            fsdp.auto_wrap_policy = None  # `shard_units` has wrapped the blocks
+        accelerator = Accelerator(
+            cpu=self.device.type == "cpu",
+            mixed_precision=_MIXED[precision],
+            kwargs_handlers=[ddp],
+            fsdp_plugin=fsdp,
         )
+        if fsdp is not None:
+            # Autocast makes the numbers those of DDP; FSDP's own policy would cast the parameters of
+            # BatchNorm and not its statistics, and fail.
+            fsdp.mixed_precision_policy = None
+        return accelerator
+
+    def shard_units(self, accelerator: Accelerator, modules: Iterable[torch.nn.Module]) -> None:
+        """Make each module a unit that is gathered, used and let go as one, before Accelerate prepares the
+        rest."""
+        plugin = accelerator.state.fsdp_plugin
+        offload = CPUOffloadPolicy() if isinstance(plugin.cpu_offload, CPUOffloadPolicy) else OffloadPolicy()
+        for module in modules:
+            if not isinstance(module, FSDPModule):
+                fully_shard(
+                    module, reshard_after_forward=plugin.reshard_after_forward, offload_policy=offload
+                )
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes, in place."""
@@ -111,6 +148,18 @@ class Team:
             dist.barrier()
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as one, gathered where it is spread over processes: then all of them call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def spread_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The opposite: a whole tensor, the same on all processes, spread as another one of its shape is."""
+    if not isinstance(other, DTensor) or tensor.shape != other.shape:
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements)
+
+
 class StoppedByMain(TldistError):
     """The main process failed; it has said why, the others only stop."""
 
@@ -124,9 +173,10 @@ def start() -> Team:
 
     Raises:
         MachineError: the launcher started fewer processes than it was asked for, or promises what it
-            cannot give here (FSDP without a device that has it).
+            cannot give here (FSDP of version 1, or without a device that has it).
     """
     _check_launcher()
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     has_gpu = torch.cuda.is_available()
     if not PartialState._shared_state:
         timeout = datetime.timedelta(seconds=int(os.environ.get("TLDIST_TIMEOUT_SECONDS", _TIMEOUT_SECONDS)))
@@ -138,11 +188,14 @@ def start() -> Team:
             f"the launcher promised {expected} processes, but Accelerate formed a job of "
             f"{state.num_processes}. Start it with: {_right_command(expected)}"
         )
+    if shards:
+        _check_fsdp(state)
     return Team(
         rank=state.process_index,
         size=state.num_processes,
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes)),
         device=state.device,
+        shards=shards,
     )
 
 
@@ -185,13 +238,19 @@ def _check_launcher() -> None:
             "accelerate launch was asked for several processes and started one (it does so for --cpu and "
             f"for distributed_type MULTI_CPU). Start it with: {_right_command(2)}"
         )
-    if environment.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        why = (
-            "FSDP is not supported by this version"
-            if torch.cuda.is_available()
-            else "FSDP needs a GPU: on a CPU Accelerate would silently run plain DDP"
+
+
+def _check_fsdp(state: PartialState) -> None:
+    """Refuse what Accelerate would silently make something else of."""
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise MachineError("the launcher asks for FSDP of version 1. Set fsdp_version: 2 in its fsdp_config.")
+    if state.num_processes == 1:
+        raise MachineError("FSDP spreads a model over several processes, and this job has one. Start more.")
+    if state.distributed_type != DistributedType.MULTI_GPU:
+        raise MachineError(
+            "FSDP needs a GPU: on a CPU Accelerate would silently run plain DDP. Start it with: "
+            f"{_right_command(state.num_processes)}"
         )
-        raise MachineError(f"{why}. Start it with: {_right_command(int(environment.get('WORLD_SIZE', '2')))}")
 
 
 def _right_command(processes: int) -> str:

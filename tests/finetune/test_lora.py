@@ -92,7 +92,8 @@ def test_lora__resumed_is_bitwise_the_undisturbed_run(data: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "bypassed"), [("vit_b_32", 224, False), ("swin_t", 64, True), ("mobilenet_v3_small", 64, False)]
+    ("name", "size", "bypassed"),
+    [("vit_b_32", 224, False), ("swin_t", 64, True), ("mobilenet_v3_small", 64, False)],
 )
 def test_adapters__start_as_nothing_learn_everywhere_and_merge(name: str, size: int, bypassed: bool) -> None:
     torch.manual_seed(0)
@@ -114,7 +115,9 @@ def test_adapters__start_as_nothing_learn_everywhere_and_merge(name: str, size: 
     model(images).square().sum().backward()
     learns = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(p.grad is not None and bool((p.grad != 0).any()) for n, p in learns.items())
-    assert {n for n in learns if "lora_" not in n} == {n for n, _ in model.named_parameters() if blocks[-1].owns(n)}
+    assert {n for n in learns if "lora_" not in n} == {
+        n for n, _ in model.named_parameters() if blocks[-1].owns(n)
+    }
 
     trained = model(images)
     assert not torch.allclose(trained, before, rtol=0.01)

@@ -40,7 +40,7 @@ def launch(*arguments: str, timeout_seconds: int = 180) -> subprocess.CompletedP
 
 
 def test_files__are_there() -> None:
-    assert {file.stem for file in FILES} >= {"cpu-2", "gpu-1", "gpu-multi"}
+    assert {file.stem for file in FILES} >= {"cpu-2", "gpu-1", "gpu-multi", "gpu-fsdp"}
     assert find_shared("launch/accelerate/cpu-2.yaml").is_file()
 
 
@@ -60,14 +60,17 @@ def test_file__every_line_is_explained(file: Path) -> None:
         assert not line or line.startswith("#") or " # " in line or before.startswith("#"), line
 
 
-@pytest.mark.parametrize(("name", "processes"), [("cpu-2", 2), ("gpu-multi", 8)])
+@pytest.mark.parametrize(("name", "processes"), [("cpu-2", 2), ("gpu-multi", 8), ("gpu-fsdp", 8)])
 def test_file__the_launcher_will_start_all_processes(name: str, processes: int) -> None:
     arguments = ["--config_file", str(FOLDER / f"{name}.yaml"), "-m", "tldist", "doctor"]
     args = launch_command_parser().parse_args(arguments)
     args, _, _ = _validate_launch_command(args)
-    assert args.multi_gpu, "anything else starts one process, whatever num_processes says"
+    assert args.multi_gpu or args.use_fsdp, "anything else starts one process, whatever num_processes says"
     environment = prepare_multi_gpu_env(args)
     assert args.nproc_per_node == str(processes)
+    if args.use_fsdp:
+        assert environment["ACCELERATE_USE_FSDP"] == "true"
+        assert environment["FSDP_VERSION"] == "2"
     assert (
         environment["ACCELERATE_MIXED_PRECISION"]
         == load_config_from_file(str(FOLDER / f"{name}.yaml")).mixed_precision

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from tldist.distributed import Team
 from tldist.training.checkpoint import MODEL, OPTIMIZER, Position, list_checkpoints, newest_checkpoint
 from tldist.training.optim import build_optimizer, load_optimizer_tensors
 from tldist.training.saver import Saver
+
+ALONE = Team(0, 1, 1, torch.device("cpu"))
 
 
 def stepped(seed: int, name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -32,7 +35,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def test_saver__writes_what_was_there_though_training_goes_on(tmp_path: Path) -> None:
     model, optimizer = stepped(0, "adamw")
-    saver, position = Saver(tmp_path, keep=5), Position(step=1, samples=7)
+    saver, position = Saver(tmp_path, keep=5, frozen=(), team=ALONE), Position(step=1, samples=7)
     at_save = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     saver.save(model, optimizer, None, position)
     step(model, optimizer)
@@ -48,7 +51,7 @@ def test_saver__writes_what_was_there_though_training_goes_on(tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_saver__going_on_from_it_is_bitwise(tmp_path: Path, name: str) -> None:
     model, optimizer = stepped(1, name)
-    saver = Saver(tmp_path, keep=2)
+    saver = Saver(tmp_path, keep=2, frozen=(), team=ALONE)
     saver.save(model, optimizer, None, Position(step=1))
     saver.wait()
     other, other_optimizer = stepped(2, name)
@@ -67,7 +70,7 @@ def test_saver__going_on_from_it_is_bitwise(tmp_path: Path, name: str) -> None:
 
 def test_saver__keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     model, optimizer = stepped(0, "sgd")
-    saver = Saver(tmp_path, keep=2)
+    saver = Saver(tmp_path, keep=2, frozen=(), team=ALONE)
     for number in range(1, 7):
         best = {"step": 2, "accuracy": 1.0, "loss": 0.0} if number >= 2 else None
         saver.save(model, optimizer, None, Position(step=number, best=best))
@@ -78,7 +81,7 @@ def test_saver__keeps_the_newest_and_the_best(tmp_path: Path) -> None:
 def test_saver__an_error_of_the_disk_is_raised_at_the_next_save(tmp_path: Path) -> None:
     model, optimizer = stepped(0, "sgd")
     (tmp_path / "file").write_text("in the way")
-    saver = Saver(tmp_path / "file", keep=1)
+    saver = Saver(tmp_path / "file", keep=1, frozen=(), team=ALONE)
     saver.save(model, optimizer, None, Position(step=1))
     with pytest.raises(OSError, match="file"):
         saver.save(model, optimizer, None, Position(step=2))
@@ -89,7 +92,7 @@ def test_newest__a_damaged_one_is_passed_over_with_a_warning(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, optimizer = stepped(0, "adamw")
-    saver = Saver(tmp_path, keep=9)
+    saver = Saver(tmp_path, keep=9, frozen=(), team=ALONE)
     for number in (1, 2):
         saver.save(model, optimizer, None, Position(step=number))
     saver.wait()
@@ -110,7 +113,7 @@ def test_newest__a_damaged_one_is_passed_over_with_a_warning(
 
 def test_checkpoint__holds_no_pickle(tmp_path: Path) -> None:
     model, optimizer = stepped(0, "adamw")
-    saver = Saver(tmp_path, keep=1)
+    saver = Saver(tmp_path, keep=1, frozen=(), team=ALONE)
     saver.save(model, optimizer, None, Position(step=1))
     saver.wait()
     for file in (tmp_path / "step-00000001").iterdir():

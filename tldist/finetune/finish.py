@@ -34,7 +34,7 @@ def finish(job: Job, work: Work | None, seconds: float) -> None:
         ModelError: a frozen tensor has changed.
     """
     step = _select(job)
-    frozen = _prove_frozen(job)
+    frozen = prove_frozen(job)
     lora = job.adapters.merge(_some_inputs(job)) if job.adapters else None
     validation, sweep = _measure_result(job, work) if job.inputs.validation else (None, None)
     broken = job.state.ledger.settle(job.team)
@@ -123,8 +123,12 @@ def _calibrate(validation: Measurement) -> dict[str, float]:
     }
 
 
-def _prove_frozen(job: Job) -> dict[str, Any]:
-    """The hash of what was frozen, before and after."""
+def prove_frozen(job: Job) -> dict[str, Any]:
+    """The hash of what was frozen, before and after.
+
+    Raises:
+        ModelError: it has changed.
+    """
     after = hash_tensors(job.model.state_dict(), job.frozen_names)
     if after != job.frozen_before:
         raise ModelError(

@@ -140,6 +140,8 @@ def prepare(recipe: FinetuneRecipe, team: Team, folder: RunFolder, inputs: Input
         RecipeError: what shall learn cannot.
         MachineError: this machine cannot do what is asked.
     """
+    if team.shards:
+        _check_shardable(recipe)
     model, how = inputs.start.model.to(team.device), inputs.how
     if recipe.sync_batchnorm:
         if team.device.type == "cpu":
@@ -196,9 +198,25 @@ def prepare(recipe: FinetuneRecipe, team: Team, folder: RunFolder, inputs: Input
         adapters=adapters,
         pull=pull,
         average=average,
-        state=_state(recipe, folder, inputs, position, frozen_names),
+        state=_state(recipe, team, folder, inputs, position, frozen_names),
         resumed=resumed,
     )
+
+
+def _check_shardable(recipe: FinetuneRecipe) -> None:
+    """Refuse what reads or copies whole weights in every step."""
+    asked = {
+        "ema": recipe.ema is not None,
+        "optimizer.l2_sp": recipe.optimizer.l2_sp > 0,
+        "lora.rank": recipe.lora.rank > 0,
+        "compile": recipe.compile,
+    }
+    refused = [name for name, is_asked in asked.items() if is_asked]
+    if refused:
+        raise RecipeError(
+            f"{', '.join(refused)}: not with FSDP, which spreads the weights over the processes. "
+            f"Leave it out, or start with a configuration of plain data-parallel processes (DDP)."
+        )
 
 
 def _adapt(
@@ -220,7 +238,12 @@ def _average(model: nn.Module, decay: float) -> AveragedModel:
 
 
 def _state(
-    recipe: FinetuneRecipe, folder: RunFolder, inputs: Inputs, position: Position, frozen: list[str]
+    recipe: FinetuneRecipe,
+    team: Team,
+    folder: RunFolder,
+    inputs: Inputs,
+    position: Position,
+    frozen: list[str],
 ) -> Fit:
     ledger = Ledger(inputs.train, folder.path / LEDGER)
     ledger.found = {int(index): reason for index, reason in position.broken.items()}
@@ -233,6 +256,6 @@ def _state(
         epochs=total_epochs(recipe),
         validate=None,
         every_steps=recipe.checkpoint.every_steps,
-        saver=Saver(folder.path / CHECKPOINTS, recipe.checkpoint.keep, frozen),
+        saver=Saver(folder.path / CHECKPOINTS, recipe.checkpoint.keep, frozen, team),
         patience=recipe.patience,
     )

@@ -7,7 +7,7 @@ import time
 from tldist import distributed
 from tldist.data.order import plan_steps
 from tldist.files import canonical_json
-from tldist.finetune.finish import finish, outcome_of
+from tldist.finetune.finish import finish, outcome_of, prove_frozen
 from tldist.finetune.frozen import FrozenPart
 from tldist.finetune.inputs import load_inputs
 from tldist.finetune.job import Job, prepare
@@ -43,8 +43,17 @@ def run(recipe: FinetuneRecipe) -> Outcome:
         for phase, part, _ in planned:
             if not job.state.is_over and job.state.position.step < phase.last_epoch * job.state.epoch_steps:
                 work = _train(job, phase, part, stop)
+                if team.shards:
+                    job, work = _gathered(job), None
         finish(job, work, time.perf_counter() - begin)
     return outcome_of(folder)
+
+
+def _gathered(job: Job) -> Job:
+    """The fine-tuning with its model whole on each process again: as a start that goes on from the last
+    checkpoint has it."""
+    prove_frozen(job)
+    return prepare(job.recipe, job.team, job.folder, load_inputs(job.recipe))
 
 
 def _train(job: Job, phase: Phase, part: FrozenPart | None, stop: StopFlag) -> Work:

@@ -125,6 +125,9 @@ def _build_learner(
     decays: dict[str, float] = {}
     if count:
         scales, decays = probe_rates(recipe, job.blocks[-1], model)
+    accelerator = job.team.accelerator(job.numerics.precision)
+    if job.team.shards:
+        job.team.shard_units(accelerator, _units(job, learning))
     optimizer = build_optimizer(
         model,
         name=rule.name,
@@ -139,7 +142,6 @@ def _build_learner(
     runs = part.suffix if part else model
     if recipe.gradient_checkpointing:
         _recompute(model, learning)
-    accelerator = job.team.accelerator(job.numerics.precision)
     wrapped, wrapped_optimizer = accelerator.prepare(
         torch.compile(runs) if recipe.compile else runs, optimizer
     )
@@ -183,6 +185,13 @@ def _class_weights(job: Job) -> Tensor | None:
         return None
     labels = job.inputs.train.labels_in(job.inputs.classes)
     return balanced_weights(labels, len(job.inputs.classes)).to(job.team.device)
+
+
+def _units(job: Job, learning: list[Block]) -> list[nn.Module]:
+    """The composite modules of the blocks that learn: each is gathered as one (a lone layer's weights may be
+    read from outside of it)."""
+    modules = [job.model.get_submodule(path) for block in learning for path in block.modules]
+    return [m for m in modules if any(True for _ in m.children()) and any(True for _ in m.parameters())]
 
 
 def _recompute(model: nn.Module, learning: list[Block]) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tldist.bundle import WEIGHTS, BundleConfig, is_bundle, parent_record, read_bundle, write_bundle
+from tldist.distributed import whole
 from tldist.errors import BundleError, ModelError
 from tldist.models import timm_zoo
 from tldist.models.description import build_model, num_outputs, with_outputs
@@ -67,7 +68,7 @@ def hash_tensors(state: Mapping[str, Tensor], names: Iterable[str] | None = None
     """SHA-256 over tensors, with their names, shapes and dtypes; of the named ones, or of all."""
     digest = hashlib.sha256()
     for name in sorted(state if names is None else names):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = whole(state[name].detach()).cpu().contiguous()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

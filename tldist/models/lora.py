@@ -1,4 +1,4 @@
-"""LoRA (arXiv:2106.09685) by the extra ``peft``: small matrices beside frozen layers, merged when they have learned."""
+"""LoRA (arXiv:2106.09685) by the extra ``peft``: small matrices learn beside frozen layers, then merged."""
 
 from __future__ import annotations
 
@@ -119,8 +119,8 @@ def add_lora(
     able = [path for path in wanted if path in called and path not in grouped]
     if not able:
         raise RecipeError(
-            f"lora.rank={rank}: what train= selects has no linear, attention or plain convolution layer to adapt "
-            f"besides the head. Use train=last:N or train=all."
+            f"lora.rank={rank}: what train= selects has no linear, attention or plain convolution layer to "
+            f"adapt besides the head. Use train=last:N or train=all."
         )
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=able, bias="none")  # type: ignore[arg-type]
     tuner = LoraModel(model, config, "default")

@@ -131,9 +131,9 @@ def fit(state: Fit, learner: Learner, batches: Iterable[Batch], stop: StopFlag) 
     try:
         _take_steps(state, learner, batches, stop)
     except Preempted:  # on all processes alike
-        learner.team.on_main(state.saver.wait)
+        state.saver.wait()
         raise
-    learner.team.on_main(state.saver.wait)
+    state.saver.wait()
 
 
 def _take_steps(state: Fit, learner: Learner, batches: Iterable[Batch], stop: StopFlag) -> None:
@@ -191,11 +191,8 @@ def _validate(state: Fit, learner: Learner, step: Step) -> None:
 
 
 def _save(state: Fit, learner: Learner) -> None:
-    """Save on the main process; the others hear of an error of the save before."""
     position = state.position
     position.broken = {str(index): reason for index, reason in state.ledger.found.items()}
     if learner.accelerator.scaler is not None:
         position.scaler = learner.accelerator.scaler.state_dict()
-    learner.team.on_main(
-        lambda: state.saver.save(learner.model, learner.bare_optimizer, learner.average, position)
-    )
+    state.saver.save(learner.model, learner.bare_optimizer, learner.average, position)

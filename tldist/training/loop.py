@@ -134,15 +134,22 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
         # of all, whatever each has; a process without samples gives a zero gradient.
         scale = (learner.team.size / counts[0].clamp(min=1)).float()
 
+        if norms and learner.team.shards:
+            learner.team.same_buffers(learner.model)  # as DDP does
+
+        # The same on all processes: a sharded model meets the others in each forward pass.
+        pieces = min(learner.pieces, -(-plan.total // learner.team.size))
         loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        for images, labels, weight, last in _pieces(batch, learner.pieces, device):
+        for images, labels, weight, last in _pieces(batch, pieces, device):
             inputs: Tensor = learner.to_input(images)
             targets = labels
             if learner.mix is not None:
                 inputs, targets = learner.mix(inputs, labels)
             sync = nullcontext() if last else learner.accelerator.no_sync(learner.wrapped)
             with sync, _normalised(norms, by_batch=len(images) > 1):
-                losses = learner.objective(learner.wrapped(inputs).float(), targets) * weight
+                with learner.accelerator.autocast():  # Accelerate does not wrap a sharded model's forward
+                    outputs = learner.wrapped(inputs)
+                losses = learner.objective(outputs.float(), targets) * weight
                 learner.accelerator.backward(losses.sum() * scale)
             loss_sum += losses.detach().double().sum()
         if learner.pull is not None:
@@ -190,16 +197,16 @@ def _seed(seed: int, device: torch.device) -> None:
 def _pieces(batch: Batch, pieces: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor, float, bool]]:
     """Cut a batch for gradient accumulation: images, labels, weight, and whether it is the last piece.
 
-    Broken images are left out; where nothing is left, one image of weight 0 keeps the process in step.
+    Broken images are left out; a piece without images is one image of weight 0, which keeps the process in
+    step with the others.
     """
-    images, labels, weight = batch.images, batch.labels.clamp(min=0), 1.0
-    if not batch.valid.all():
-        kept = batch.valid if batch.valid.any() else slice(0, 1)
-        weight = 1.0 if batch.valid.any() else 0.0
-        images, labels = images[kept], labels[kept]
+    images, labels = batch.images, batch.labels.clamp(min=0)
+    if not batch.valid.all() and batch.valid.any():
+        images, labels = images[batch.valid], labels[batch.valid]
+    left = int(batch.valid.sum())
     images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-    size = -(-len(images) // pieces)
-    starts = range(0, len(images), size)
-    for start in starts:
-        part = slice(start, start + size)
-        yield images[part], labels[part], weight, start == starts[-1]
+    size = max(1, -(-left // pieces))
+    for place in range(pieces):
+        start = place * size
+        part, weight = (slice(start, start + size), 1.0) if start < left else (slice(0, 1), 0.0)
+        yield images[part], labels[part], weight, place == pieces - 1

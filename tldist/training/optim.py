@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from tldist.distributed import spread_like
 from tldist.models.blocks import Block
 
 
@@ -111,7 +112,7 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
     """The optimiser's state as tensors named ``<parameter>|<state>``."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        f"{names[parameter]}|{key}": torch.as_tensor(value)
+        f"{names[parameter]}|{key}": value if isinstance(value, Tensor) else torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
         for key, value in state.items()
         if value is not None
@@ -119,11 +120,11 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
 
 
 def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put the state of `optimizer_tensors` back, each tensor beside its parameter."""
+    """Put the state of `optimizer_tensors` back, each tensor beside its parameter, and spread as that is."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition("|")
         parameter = parameters[parameter_name]
         # AdamW keeps its step count on the CPU.
         device = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = tensor.to(device).clone()
+        optimizer.state[parameter][key] = spread_like(tensor.to(device).clone(), parameter)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from tldist.distributed import Team, whole
 from tldist.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Position, retain, save_checkpoint
 from tldist.training.optim import optimizer_tensors
 
@@ -19,16 +20,17 @@ State = dict[str, dict[str, Tensor]]
 
 
 class Saver:
-    """Writes checkpoints of one run, one at a time, on the main process.
+    """Writes checkpoints of one run, one at a time.
 
     Args:
         folder: where they lie.
         keep: newest checkpoints that stay, besides the best.
         frozen: names of tensors that never change: they are not saved, the run starts with them each time.
+        team: the processes; all call together, the main one writes.
     """
 
-    def __init__(self, folder: Path, keep: int, frozen: Collection[str] = ()) -> None:
-        self.folder, self.keep, self.frozen = folder, keep, frozenset(frozen)
+    def __init__(self, folder: Path, keep: int, frozen: Collection[str], team: Team) -> None:
+        self.folder, self.keep, self.frozen, self.team = folder, keep, frozenset(frozen), team
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._buffers: State = {}
@@ -36,7 +38,11 @@ class Saver:
     def save(
         self, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None, position: Position
     ) -> None:
-        """Copy the state and return; it is written meanwhile. An error of the save before is raised here."""
+        """Copy the state and return; it is written meanwhile. An error of the save before is raised here.
+
+        What is spread over processes is gathered, tensor by tensor: a checkpoint is the same whatever their
+        number.
+        """
         self.wait()
         state: State = {
             MODEL: self._moving(model.state_dict()),
@@ -44,14 +50,16 @@ class Saver:
         }
         if average is not None:
             state[AVERAGE] = self._moving(average.state_dict())
-        self._buffers = {name: self._copy(name, tensors) for name, tensors in state.items()}
+        copies = {name: self._copy(name, tensors) for name, tensors in state.items()}
+        if not self.team.is_main:
+            return
+        self._buffers = copies
         self._writing = self._thread.submit(self._write, self._buffers, copy.deepcopy(position))
 
     def wait(self) -> None:
-        """Wait until what was saved is on disk; its error is raised here."""
+        """Wait until what was saved is on disk; its error is raised here, on all processes."""
         writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        self.team.on_main(lambda: writing.result() if writing is not None else None)
 
     def _moving(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n: tensor for n, tensor in tensors.items() if n.removeprefix("module.") not in self.frozen}
@@ -60,11 +68,14 @@ class Saver:
         """Copy to the CPU, into the memory of the last save where it fits (fresh memory is slower)."""
         old = self._buffers.get(name, {})
         copies = {}
-        for key, tensor in tensors.items():
+        for key, part in tensors.items():
+            tensor = whole(part.detach())
+            if not self.team.is_main:
+                continue
             buffer = old.get(key)
             if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
                 buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
-            copies[key] = buffer.copy_(tensor.detach())
+            copies[key] = buffer.copy_(tensor)
         return copies
 
     def _write(self, state: State, position: Position) -> None:
