@@ -242,15 +242,15 @@ def _check_launcher() -> None:
 
 def _check_fsdp(state: PartialState) -> None:
     """Refuse what Accelerate would silently make something else of."""
-    if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise MachineError("the launcher asks for FSDP of version 1. Set fsdp_version: 2 in its fsdp_config.")
-    if state.num_processes == 1:
-        raise MachineError("FSDP spreads a model over several processes, and this job has one. Start more.")
-    if state.distributed_type != DistributedType.MULTI_GPU:
+    if state.device.type == "cpu" and state.distributed_type != DistributedType.MULTI_GPU:
         raise MachineError(
             "FSDP needs a GPU: on a CPU Accelerate would silently run plain DDP. Start it with: "
             f"{_right_command(state.num_processes)}"
         )
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise MachineError("the launcher asks for FSDP of version 1. Set fsdp_version: 2 in its fsdp_config.")
+    if state.num_processes == 1:
+        raise MachineError("FSDP spreads a model over several processes, and this job has one. Start more.")
 
 
 def _right_command(processes: int) -> str:

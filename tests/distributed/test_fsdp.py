@@ -44,7 +44,7 @@ def finetune(data: Path, out: Path, shards: bool, settings: dict[str, object]) -
 
     seen: list[str] = []
     if shards:
-        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+        os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION=str(settings.pop("version", 2)))
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         train = fit.train
@@ -122,3 +122,7 @@ def test_fsdp__what_it_cannot_do_is_refused(data: Path, tmp_path: Path) -> None:
     settings = {"model": "tests.nets:plain_cnn", "ema": 0.9}
     with pytest.raises(RanksFailed, match="ema: not with FSDP, which spreads the weights"):
         run_ranks(finetune, 2, data, tmp_path / "a", True, settings)
+    with pytest.raises(RanksFailed, match="Set fsdp_version: 2"):
+        run_ranks(finetune, 2, data, tmp_path / "b", True, {"model": "resnet18", "version": 1})
+    with pytest.raises(RanksFailed, match="and this job has one"):
+        run_ranks(finetune, 1, data, tmp_path / "c", True, {"model": "resnet18"})
