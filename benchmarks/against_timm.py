@@ -107,12 +107,13 @@ def timm_run(
 
 
 def same_settings(task: Task, resize: int) -> list[str]:
-    """What makes timm do what tldist does by default: crop, interpolation, no jitter, no smoothing."""
+    """What makes timm do what tldist does by default: crop, interpolation, dropout, no jitter, no smoothing."""
     options = [
         "--scale", 0.35, 1.0, "--ratio", 0.75, 1.3333, "--color-jitter", 0, "--smoothing", 0,
         "--train-interpolation", "bilinear", "--interpolation", "bilinear",
         "--crop-pct", task.size / (resize + 0.5), "--mean", 0.485, 0.456, 0.406, "--std", 0.229, 0.224, 0.225,
         "--channels-last",
+        "--drop", 0.2,  # torchvision's MobileNets have it before the head
     ]  # fmt: skip
     return [str(option) for option in options]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -51,6 +52,11 @@ def recording_cnn(num_classes: int) -> nn.Module:
     )
 
 
+def tracing_cnn(num_classes: int) -> nn.Module:
+    """`plain_cnn`, recording what it learns from."""
+    return nn.Sequential(_Recording(), *plain_cnn(num_classes))
+
+
 def nan_cnn(num_classes: int) -> nn.Module:
     """A network whose head is not a number."""
     model = plain_cnn(num_classes)
@@ -75,3 +81,19 @@ class _Branching(nn.Module):
 def branching_cnn(num_classes: int) -> nn.Module:
     """A network with a branch that depends on its input."""
     return _Branching(num_classes)
+
+
+class _Slow(nn.Module):
+    """In evaluation, it tells that it was called and takes its time; its function is the identity."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        marker = os.environ.get("TLDIST_TEST_MARKER")
+        if not self.training and marker and len(images) > 1:
+            Path(marker).touch()
+            time.sleep(0.3)
+        return images
+
+
+def slow_cnn(num_classes: int) -> nn.Module:
+    """`recording_cnn`, slow when it is measured."""
+    return nn.Sequential(_Slow(), *recording_cnn(num_classes))

@@ -10,12 +10,15 @@ import multiprocessing
 import os
 import pickle
 import socket
+import subprocess
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.support import REPOSITORY
 
 
 class RanksFailed(AssertionError):
@@ -115,6 +118,32 @@ def _join(workers: list[Any], timeout_seconds: float) -> None:
         if worker.is_alive():
             worker.kill()
         worker.join()
+
+
+def start_ranks(command: Sequence[str], ranks: int, **environment: str) -> list[subprocess.Popen[str]]:
+    """Start a command as the ranks of one job, each in a process group of its own, as a launcher does.
+
+    An environment value with ``{rank}`` in it gets each rank's number.
+    """
+    port = str(_free_port())
+    return [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+                **{name: value.replace("{rank}", str(rank)) for name, value in environment.items()},
+            },
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
 
 
 def _free_port() -> int:

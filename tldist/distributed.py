@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -22,7 +22,10 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tldist import __version__
 from tldist.errors import MachineError, TldistError
+from tldist.files import canonical_json
+from tldist.recipe import Recipe, fixed_values
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
@@ -96,6 +99,12 @@ class Team:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        if self.size == 1:
+            return flag
+        return bool(self.sum(torch.tensor([flag], dtype=torch.float32, device=self.device)) > 0)
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, by rank. For small Python data (it is serialised)."""
         if self.size == 1:
@@ -135,6 +144,21 @@ class Team:
         odd = [f"rank {rank} on {host}" for rank, (other, host) in enumerate(values) if other != values[0][0]]
         if odd:
             raise MachineError(f"{what} differs between processes: {', '.join(odd)} against rank 0.")
+
+    def agree(self, recipe: Recipe, inputs: Mapping[str, str]) -> None:
+        """Refuse to start a job whose processes run other code, or were given other settings or inputs.
+
+        Args:
+            recipe: the settings.
+            inputs: fingerprints of data and models.
+
+        Raises:
+            MachineError: names what differs, and where.
+        """
+        self.same_everywhere("the version of tldist", __version__)
+        self.same_everywhere("the recipe", canonical_json(fixed_values(recipe)))
+        for name, value in inputs.items():
+            self.same_everywhere(f"the {name}", value)
 
     def same_buffers(self, model: torch.nn.Module) -> None:
         """Give all processes the main one's buffers (the BatchNorm statistics that are saved)."""

@@ -340,6 +340,15 @@ def check_same_run(folder: Path, old: Recipe, new: Recipe) -> None:
         )
 
 
+def fixed_values(recipe: Recipe) -> dict[str, str]:
+    """All settings that a result depends on, by their dotted names, as they are typed."""
+    return {
+        name: show_value(_get(recipe, name))
+        for name, field in walk_fields(type(recipe))
+        if field_kind(field) is not FREE
+    }
+
+
 def _get(recipe: Recipe | None, dotted: str) -> Any:
     value: Any = recipe
     for part in dotted.split("."):

@@ -23,7 +23,6 @@ from tldist.errors import DomainError, ModelError
 from tldist.features.extract import Features, extract, feature_batches
 from tldist.features.heads import Sweep, sweep_logistic
 from tldist.features.moments import Moments, gather_moments, merge_moments
-from tldist.files import canonical_json
 from tldist.methods import find_method
 from tldist.models.chain import Chain
 from tldist.models.description import architecture_name
@@ -64,7 +63,7 @@ def run(recipe: AlignRecipe) -> Outcome:
     model, config = load_bundle(recipe.bundle, trust_code=recipe.trust_code)
     source, target = open_domain(recipe.source), open_domain(recipe.target)
     inputs = {"model": config.identity, "source": source.fingerprint, "target": target.fingerprint}
-    team.same_everywhere("the data or the model", canonical_json(inputs))
+    team.agree(recipe, inputs)
     folder = team.on_main(lambda: open_run("align", recipe.out, recipe, inputs))
     if folder.finished:
         return _outcome(folder, f"{folder.path} is finished already.")

@@ -14,7 +14,6 @@ from tldist.domain import Domain, open_domain
 from tldist.errors import DomainError
 from tldist.evaluate.models import Classifier, open_classifier
 from tldist.evaluate.recipe import EvaluateRecipe
-from tldist.files import canonical_json
 from tldist.progress import show_plan
 from tldist.runs import Outcome, RunFolder, open_run, recorded
 from tldist.training.ledger import LEDGER
@@ -39,7 +38,7 @@ def run(recipe: EvaluateRecipe) -> Outcome:
             f"label column."
         )
     inputs = {"model": classifier.identity, "data": domain.fingerprint}
-    team.same_everywhere("the data or the model", canonical_json(inputs))
+    team.agree(recipe, inputs)
     folder = _open_folder(recipe, team, inputs)
     with recorded(folder, team.is_main) if folder else nullcontext():
         _show(recipe, team, classifier, domain)

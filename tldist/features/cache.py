@@ -23,11 +23,12 @@ from tldist.data.loader import Batch, load_batches
 from tldist.data.order import StepPlan, blocks_of
 from tldist.distributed import Team
 from tldist.domain import Domain
-from tldist.errors import BundleError
+from tldist.errors import BundleError, Preempted
 from tldist.files import canonical_json, read_json, sha256_text, sync, write_json
 from tldist.models.load import hash_tensors
 from tldist.progress import progress_bar
 from tldist.runtime.preprocess import Preprocessing
+from tldist.training.signals import StopFlag
 
 META, FEATURES = "meta.json", "features.npy"
 
@@ -172,6 +173,7 @@ def fill_cache(
     workers: int,
     batch_size: int = 64,
     label: str = "compute the frozen part once",
+    stop: StopFlag | None = None,
 ) -> FeatureCache:
     """Compute the features of a domain on all processes; called by all together.
 
@@ -188,6 +190,10 @@ def fill_cache(
         workers: decoding processes.
         batch_size: images that one process handles at once.
         label: of the progress bar.
+        stop: whether this process was asked to stop.
+
+    Raises:
+        Preempted: a process was asked to stop; nothing half-made stays.
     """
     full = (key.views, len(domain), *shape)
     stored = np.uint16 if key.dtype == "bf16" else np.float32
@@ -199,6 +205,8 @@ def fill_cache(
         np.lib.format.open_memmap(path / FEATURES, mode="w+", dtype=stored, shape=full).flush()
         return path
 
+    # Batches that each process has: in these all can ask each other.
+    in_common = len(blocks_of(len(domain), batch_size, team.size - 1, team.size))
     temporary = team.on_main(begin)
     try:
         features = np.lib.format.open_memmap(temporary / FEATURES, mode="r+")
@@ -212,7 +220,9 @@ def fill_cache(
                 loaded = load_batches(
                     domain, plans, how, augmentation=augmentation, seed=key.seed, workers=workers
                 )
-                for batch in loaded:
+                for place, batch in enumerate(loaded):
+                    if stop is not None and place < in_common and team.any(stop.requested):
+                        raise Preempted("told to stop while computing the frozen part; it will start afresh")
                     broken.update(batch.broken)
                     features[view, batch.indices.numpy()] = _as_stored(
                         compute(batch.images.to(team.device)), stored

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from tldist.domain import DataRecipe, Domain, open_domain, sort_names
@@ -9,21 +11,33 @@ from tldist.errors import DomainError
 from tldist.progress import warn
 
 
-def split_domains(
-    data: DataRecipe, held_out: float, seed: int
-) -> tuple[Domain, Domain | None, tuple[str, ...]]:
+@dataclass(frozen=True)
+class Domains:
+    """What a fine-tuning learns from and is judged by.
+
+    Attributes:
+        train: what it learns from.
+        validation: what chooses the best; None: nothing is held out.
+        test: only looked at for duplicates of the others; None: there is none.
+        classes: of the task, in natural order.
+    """
+
+    train: Domain
+    validation: Domain | None
+    test: Domain | None
+    classes: tuple[str, ...]
+
+
+def split_domains(data: DataRecipe, held_out: float, seed: int) -> Domains:
     """The domains to train and to validate on, and the classes of the task.
 
     Validation is the domain's val split; where there is none, a share of every class of the train split.
-    A test split is never touched.
+    A test split is never learned from nor measured on.
 
     Args:
         data: the settings of the domain.
         held_out: share of every class to hold out where there is no val split; 0: no validation.
         seed: of the choice.
-
-    Returns:
-        (train, validation or None, class names in natural order).
 
     Raises:
         DomainError: no train split, no labels, or validation classes that are not trained on.
@@ -40,17 +54,18 @@ def split_domains(
     classes = sort_names(whole.classes[label] for label in np.unique(whole.labels))
     if len(classes) < 2:
         raise DomainError(f"{whole.name}: a single class '{classes[0]}'; a classifier needs at least two.")
+    test = domain.split("test") if "test" in domain.split_counts and whole is not domain else None
     if "val" in domain.split_counts and whole is not domain:
         validation = domain.split("val")
         _check_classes(whole, validation, classes)
-        return whole, validation, classes
+        return Domains(whole, validation, test, classes)
     if held_out == 0:
-        return whole, None, classes
+        return Domains(whole, None, test, classes)
     rest, held = whole.carve(held_out, seed)
     if len(held) == 0:
         warn("every class has a single image: nothing can be held out, the last weights are kept")
-        return whole, None, classes
-    return rest, held, classes
+        return Domains(whole, None, test, classes)
+    return Domains(rest, held, test, classes)
 
 
 def _check_classes(train: Domain, validation: Domain, classes: tuple[str, ...]) -> None:

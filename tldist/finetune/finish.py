@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tldist.data.loader import load_batches
 from tldist.errors import BundleError, ModelError
+from tldist.finetune.guards import Guards, below_probe
 from tldist.finetune.job import Job
 from tldist.finetune.stage import Work
 from tldist.finetune.sweep import best_probe, narrow, sweep_settings, sweep_table
@@ -22,12 +23,13 @@ from tldist.training.ledger import LEDGER
 from tldist.training.measure import Measurement
 
 
-def finish(job: Job, work: Work | None, seconds: float) -> None:
+def finish(job: Job, work: Work | None, guards: Guards, seconds: float) -> None:
     """Write ``RUN/bundle`` and ``RUN/summary.json``; called by all processes together.
 
     Args:
         job: the fine-tuning, all steps taken.
         work: of its last phase; None where nothing was left to do.
+        guards: what was found before the first step.
         seconds: that it took.
 
     Raises:
@@ -65,6 +67,8 @@ def finish(job: Job, work: Work | None, seconds: float) -> None:
             lora=lora,
             validation=validation.to_dict() if validation else None,
             calibration=calibration,
+            linear_probe=guards.probe,
+            duplicates=guards.duplicates,
             sweep=sweep,
         )
 
@@ -166,6 +170,9 @@ def outcome_of(folder: RunFolder, note: str = "") -> Outcome:
         lines.append(f"best of {probes} probes: lr {best['lr']:g}, weight decay {best['weight_decay']:g}")
     if validation:
         lines.append(f"validation accuracy {validation['accuracy']:.4f} on {validation['count']:,} images")
+        below = below_probe(validation["accuracy"], summary.get("linear_probe"))
+        if below:
+            lines.append(f"warning: that is {below}.")
     if summary.get("broken_images"):
         warn(f"{summary['broken_images']} broken images were skipped: {folder.path / LEDGER}")
     bundle = folder.path / BUNDLE
@@ -173,6 +180,8 @@ def outcome_of(folder: RunFolder, note: str = "") -> Outcome:
         "bundle": str(bundle),
         "accuracy": validation["accuracy"] if validation else None,
         **{name: summary.get(name) for name in ("steps", "seconds", "processes", "precision")},
+        "linear_probe": (summary.get("linear_probe") or {}).get("accuracy"),
+        "duplicates": summary.get("duplicates"),
     }
     following = f"tldist export {bundle} profile=cpu-fp32 out={folder.path}/package"
     return Outcome("finetune", folder.path, values, "\n".join(lines), following)

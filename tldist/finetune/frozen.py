@@ -30,6 +30,7 @@ from tldist.models.load import input_tensor
 from tldist.models.split import CannotSplit, split_model
 from tldist.runtime.preprocess import Preprocessing
 from tldist.training.precision import Numerics
+from tldist.training.signals import StopFlag
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def load_frozen(
     *,
     training: bool,
     workers: int,
+    stop: StopFlag,
 ) -> CachedFeatures:
     """The features of a domain, from an earlier run or computed now by all processes together."""
     views = (recipe.augment.views or 1) if training else 1
@@ -148,6 +150,7 @@ def load_frozen(
             team,
             augmentation=augmentation,
             workers=workers,
+            stop=stop,
         )
     return CachedFeatures(found, domain.labels_in(classes))
 

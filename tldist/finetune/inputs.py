@@ -20,13 +20,14 @@ class Inputs:
     """What a fine-tuning starts from.
 
     Attributes:
-        train, validation: the domains; no validation where nothing is held out.
+        train, validation, test: the domains; no validation where nothing is held out.
         classes: of the task.
         start: the model with its head.
     """
 
     train: Domain
     validation: Domain | None
+    test: Domain | None
     classes: tuple[str, ...]
     start: Start
 
@@ -46,14 +47,14 @@ class Inputs:
 
 def load_inputs(recipe: FinetuneRecipe) -> Inputs:
     """Open the domains and build the model; the new head depends on the seed alone."""
-    train, validation, classes = split_domains(recipe.data, recipe.validation, recipe.seed)
+    domains = split_domains(recipe.data, recipe.validation, recipe.seed)
     torch.manual_seed(seed_of("init", recipe.seed))
     start = start_model(
         recipe.model,
         recipe.weights,
-        classes,
+        domains.classes,
         image_size=recipe.image_size,
         new_head=recipe.head == "new",
         trust_code=recipe.trust_code,
     )
-    return Inputs(train, validation, classes, start)
+    return Inputs(domains.train, domains.validation, domains.test, domains.classes, start)

@@ -29,6 +29,8 @@ from tldist.training.measure import Measurement, measure, predictor
 from tldist.training.optim import PullToStart
 from tldist.training.precision import Numerics, settle_numerics
 from tldist.training.saver import Saver
+from tldist.training.signals import StopFlag
+from tldist.training.track import Journal
 
 
 @dataclass
@@ -48,6 +50,7 @@ class Job:
         pull, average: L2-SP and the moving average of the weights, over all phases.
         state: where the training stands.
         resumed: the checkpoint that it goes on from, until its optimiser's state is taken over.
+        stop: whether this process was asked to stop.
     """
 
     recipe: FinetuneRecipe
@@ -66,6 +69,7 @@ class Job:
     average: AveragedModel | None
     state: Fit
     resumed: Checkpoint | None
+    stop: StopFlag
 
     @property
     def model(self) -> nn.Module:
@@ -97,6 +101,7 @@ class Job:
             workers=self.workers,
             label=label,
             keep_logits=keep_logits,
+            stop=self.stop,
         )
 
     def _pick(self, logits: Tensor, probe: int | None) -> Tensor:
@@ -130,16 +135,18 @@ class Job:
             label=label,
             load=features.batches,
             keep_logits=keep_logits,
+            stop=self.stop,
         )
 
 
-def prepare(recipe: FinetuneRecipe, team: Team, folder: RunFolder, inputs: Inputs) -> Job:
+def prepare(recipe: FinetuneRecipe, team: Team, journal: Journal, inputs: Inputs, stop: StopFlag) -> Job:
     """Plan the phases, note what stays frozen, choose the numerics.
 
     Raises:
         RecipeError: what shall learn cannot.
         MachineError: this machine cannot do what is asked.
     """
+    folder = journal.folder
     if team.shards:
         _check_shardable(recipe)
     model, how = inputs.start.model.to(team.device), inputs.how
@@ -198,7 +205,8 @@ def prepare(recipe: FinetuneRecipe, team: Team, folder: RunFolder, inputs: Input
         adapters=adapters,
         pull=pull,
         average=average,
-        state=_state(recipe, team, folder, inputs, position, frozen_names),
+        state=_state(recipe, team, journal, inputs, position, frozen_names),
+        stop=stop,
         resumed=resumed,
     )
 
@@ -240,21 +248,23 @@ def _average(model: nn.Module, decay: float) -> AveragedModel:
 def _state(
     recipe: FinetuneRecipe,
     team: Team,
-    folder: RunFolder,
+    journal: Journal,
     inputs: Inputs,
     position: Position,
     frozen: list[str],
 ) -> Fit:
+    folder = journal.folder
     ledger = Ledger(inputs.train, folder.path / LEDGER)
     ledger.found = {int(index): reason for index, reason in position.broken.items()}
     return Fit(
         folder=folder,
+        journal=journal,
         position=position,
         ledger=ledger,
         images=len(inputs.train),
         batch_size=recipe.batch_size,
         epochs=total_epochs(recipe),
-        validate=None,
+        validates=inputs.validation is not None,
         every_steps=recipe.checkpoint.every_steps,
         saver=Saver(folder.path / CHECKPOINTS, recipe.checkpoint.keep, frozen, team),
         patience=recipe.patience,

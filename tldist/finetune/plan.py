@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
+
 from tldist.finetune.frozen import FrozenPart
 from tldist.finetune.job import Job
 from tldist.finetune.phases import Phase
+from tldist.models.blocks import freeze
 from tldist.models.description import architecture_name
 from tldist.progress import show_plan
+from tldist.training.memory import MemoryEstimate, estimate_memory
 
 Planned = tuple[Phase, FrozenPart | None, str]
 """A phase, its frozen part where that is computed once, and how often it is computed, in words."""
@@ -30,11 +34,30 @@ def show_job(job: Job, planned: list[Planned]) -> None:
         "steps": f"{job.state.total_steps:,} of {recipe.batch_size} images ({job.state.epochs} epochs)",
         "processes": f"{team.size} on {team.device.type}, {job.workers} decoding workers each",
         "precision": f"{job.numerics.precision}{layout} ({job.numerics.reason})",
+        "memory": max((_memory(job, phase, part) for phase, part, _ in planned), key=lambda m: m.total),
         "out": recipe.out,
     }
     if not rows["frozen part"]:
         del rows["frozen part"]
     show_plan("finetune", rows)
+
+
+def _memory(job: Job, phase: Phase, part: FrozenPart | None) -> MemoryEstimate:
+    """Of a step of a phase; activation checkpointing needs less."""
+    recipe, how, team = job.recipe, job.inputs.how, job.team
+    freeze(job.model, job.learning[phase])
+    shape = part.shape if part else (3, how.height, how.width)
+    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return estimate_memory(
+        job.model,
+        part.suffix if part else job.model,
+        torch.zeros(1, *shape, device=team.device),
+        images=-(-recipe.batch_size // (team.size * recipe.gradient_accumulation)),
+        optimizer=recipe.optimizer.name,
+        averaged=job.average is not None,
+        autocast=formats.get(job.numerics.precision),
+        shards=team.size if team.shards else 1,
+    )
 
 
 def _phase_words(job: Job, phase: Phase) -> str:

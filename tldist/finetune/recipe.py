@@ -141,6 +141,18 @@ class CheckpointRecipe(Recipe):
     """How many of the newest checkpoints stay, besides the best."""
 
 
+class GuardRecipe(Recipe):
+    """What is checked beside the training, and reported."""
+
+    probe: Free[Literal["auto", "on", "off"]] = "auto"
+    """Measure a plain linear probe before the first step, and say so where the result is below it; auto: for
+    a pre-trained model of which more than the head learns, in four epochs or more (it costs one forward pass
+    over all images)."""
+    duplicates: Free[Literal["auto", "on", "off"]] = "auto"
+    """Look for images that lie in more than one of train, val and test, as the same file or looking the same;
+    auto: in domains of up to 50,000 images."""
+
+
 class FinetuneRecipe(Recipe):
     """Fit a pre-trained model to a target domain."""
 
@@ -208,6 +220,10 @@ class FinetuneRecipe(Recipe):
     cache: CacheRecipe = CacheRecipe()
     sweep: SweepRecipe = SweepRecipe()
     lora: LoraRecipe = LoraRecipe()
+    guard: GuardRecipe = GuardRecipe()
+    track: Free[tuple[str, ...] | None] = ("tensorboard",)
+    """Where the numbers of metrics.jsonl go too, through Accelerate: tensorboard (in RUN/tensorboard), wandb,
+    mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio; none: nowhere."""
     workers: Free[int | None] = Field(default=None, ge=0)
     """Processes that decode images for each training process; none: by the number of cores."""
     trust_code: Free[bool] = False

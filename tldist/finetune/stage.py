@@ -112,6 +112,7 @@ def _load(job: Job, part: FrozenPart, domain: Domain, training: bool) -> CachedF
         job.team,
         training=training,
         workers=job.workers,
+        stop=job.stop,
     )
 
 

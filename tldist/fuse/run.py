@@ -82,7 +82,7 @@ def run(recipe: FuseRecipe) -> Outcome:
     check_fit([*parents, base] if base else parents)
     data = open_domain(recipe.data) if recipe.data else None
     inputs = _identities(parents, base, data)
-    team.same_everywhere("the data or a model", canonical_json(inputs))
+    team.agree(recipe, inputs)
     folder = team.on_main(lambda: open_run("fuse", recipe.out, recipe, inputs))
     if folder.finished:
         return outcome_of(folder, f"{folder.path} is finished already.")

@@ -31,6 +31,7 @@ class Position:
     Attributes:
         step: optimiser steps done.
         samples: samples seen.
+        measured: steps done when the model was last measured on validation.
         best: step, accuracy and loss of the best measurement so far, if any.
         broken: broken images met so far, by position in the training domain.
         scaler: state of fp16's loss scaling.
@@ -38,6 +39,7 @@ class Position:
 
     step: int = 0
     samples: int = 0
+    measured: int = 0
     best: dict[str, float] | None = None
     broken: dict[str, str] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)

@@ -24,11 +24,12 @@ from tldist.training.checkpoint import (
     restore_weights,
 )
 from tldist.training.ledger import Ledger
-from tldist.training.loop import Learner, Step, train
+from tldist.training.loop import Learner, train
 from tldist.training.measure import Measurement
 from tldist.training.optim import load_optimizer_tensors
 from tldist.training.saver import Saver
 from tldist.training.signals import StopFlag
+from tldist.training.track import Journal
 from tldist.training.window import Window
 
 LOG_LINES = 200
@@ -41,25 +42,29 @@ class Fit:
 
     Attributes:
         folder: the run, for checkpoints and metrics.
+        journal: takes the numbers.
         position: where it stands.
         ledger: broken images of the training domain.
         images: size of the training domain.
         batch_size: images of a step, over all processes.
         epochs: passes over the domain.
-        validate: measures the model, given a label for its bar; None: the last weights are the best.
+        validates: whether it is measured at the end of each epoch; else the last weights are the best.
+        validate: measures the model, given a label for its bar; set by each phase.
         every_steps: save after so many steps too.
         saver: writes checkpoints.
         patience: epochs without a better measurement after which it ends; None: it takes all.
     """
 
     folder: RunFolder
+    journal: Journal
     position: Position
     ledger: Ledger
     images: int
     batch_size: int
     epochs: int
-    validate: Callable[[str], Measurement] | None
+    validates: bool
     saver: Saver
+    validate: Callable[[str], Measurement] | None = None
     every_steps: int | None = None
     patience: int | None = None
 
@@ -77,6 +82,12 @@ class Fit:
     def total_steps(self) -> int:
         """Steps of the whole training."""
         return self.epoch_steps * self.epochs
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the end of the last epoch was measured; a job that was told to stop meanwhile has not."""
+        step = self.position.step
+        return not self.validates or step % self.epoch_steps > 0 or self.position.measured == step
 
     @property
     def is_over(self) -> bool:
@@ -129,7 +140,14 @@ def fit(state: Fit, learner: Learner, batches: Iterable[Batch], stop: StopFlag) 
         Diverged: the loss is not a finite number.
     """
     try:
-        _take_steps(state, learner, batches, stop)
+        if state.position.step and not state.is_measured:
+            if not _validate(state):
+                raise Preempted(
+                    f"told to stop while measuring {state.folder.path}; the same command goes on."
+                )
+            _save(state, learner)
+        if not state.is_over:
+            _take_steps(state, learner, batches, stop)
     except Preempted:  # on all processes alike
         state.saver.wait()
         raise
@@ -138,7 +156,7 @@ def fit(state: Fit, learner: Learner, batches: Iterable[Batch], stop: StopFlag) 
 
 def _take_steps(state: Fit, learner: Learner, batches: Iterable[Batch], stop: StopFlag) -> None:
     team, position = learner.team, state.position
-    window = Window(state.folder, team, max(1, state.total_steps // LOG_LINES))
+    window = Window(state.journal, team, max(1, state.total_steps // LOG_LINES))
     with progress_bar(state.images * state.epochs, "img", state.folder.stage, position.samples) as bar:
         for step in train(learner, _noting(batches, state.ledger, window), position.samples, stop):
             bar.update(step.samples - position.samples)
@@ -151,11 +169,11 @@ def _take_steps(state: Fit, learner: Learner, batches: Iterable[Batch], stop: St
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
             if epoch_ends:
                 state.ledger.settle(team)
-                _validate(state, learner, step)
+                stopping = not _validate(state) or stopping
             if epoch_ends or stopping or due:
                 _save(state, learner)
                 window.restart()
-            if state.is_over:
+            if state.is_over and state.is_measured:
                 return
             if stopping:
                 raise Preempted(
@@ -177,17 +195,27 @@ def _noting(batches: Iterable[Batch], ledger: Ledger, window: Window) -> Iterato
         yield batch
 
 
-def _validate(state: Fit, learner: Learner, step: Step) -> None:
-    """Measure and remember the best: the highest accuracy, then the lowest loss, then the earliest."""
-    if state.validate is None:
-        return
-    epoch = step.plan.epoch + 1
-    found = state.validate(f"validate {epoch}/{state.epochs}")
-    best = state.position.best
+def _validate(state: Fit) -> bool:
+    """Measure and remember the best: the highest accuracy, then the lowest loss, then the earliest.
+
+    Returns:
+        Whether it came to its end: False where the job was told to stop meanwhile, on all processes alike.
+    """
+    if not state.validates:
+        return True
+    assert state.validate is not None
+    position = state.position
+    epoch = position.step // state.epoch_steps
+    try:
+        found = state.validate(f"validate {epoch}/{state.epochs}")
+    except Preempted:
+        return False
+    position.measured = position.step
+    best = position.best
     if best is None or (found.accuracy, -found.loss) > (best["accuracy"], -best["loss"]):
-        state.position.best = {"step": step.number, "accuracy": found.accuracy, "loss": found.loss}
-    if learner.team.is_main:
-        state.folder.log(step=step.number, epoch=epoch, val_accuracy=found.accuracy, val_loss=found.loss)
+        position.best = {"step": position.step, "accuracy": found.accuracy, "loss": found.loss}
+    state.journal.log(step=position.step, epoch=epoch, val_accuracy=found.accuracy, val_loss=found.loss)
+    return True
 
 
 def _save(state: Fit, learner: Learner) -> None:

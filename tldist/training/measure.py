@@ -16,10 +16,11 @@ from tldist.data.loader import Batch, load_batches
 from tldist.data.order import blocks_of
 from tldist.distributed import Team
 from tldist.domain import Domain
-from tldist.errors import DomainError, ModelError
+from tldist.errors import DomainError, ModelError, Preempted
 from tldist.progress import progress_bar
 from tldist.runtime.preprocess import Preprocessing
 from tldist.training.ledger import Ledger
+from tldist.training.signals import StopFlag
 
 Predict = Callable[[Tensor], Tensor]
 """uint8 images (N, H, W, 3) to logits (N, K)."""
@@ -93,6 +94,7 @@ def measure(
     label: str = "evaluate",
     load: Callable[[Sequence[np.ndarray]], Iterable[Batch]] | None = None,
     keep_logits: bool = False,
+    stop: StopFlag | None = None,
 ) -> Measurement:
     """Measure a classifier on a labelled domain; called by all processes together.
 
@@ -108,8 +110,10 @@ def measure(
         label: of the progress bar.
         load: gives the batches of positions (cached features); None: the images are decoded.
         keep_logits: hand over the logits of all images too.
+        stop: whether this process was asked to stop; None: it goes on to the end.
 
     Raises:
+        Preempted: a process was asked to stop; on all of them alike.
         DomainError: no labels, classes that the model does not know, or too many broken images.
         ModelError: an output is not finite.
     """
@@ -124,6 +128,8 @@ def measure(
     with progress_bar(len(domain), "img", label, keep=False) as bar:
         batches = load(plans) if load else load_batches(domain, plans, how, classes=classes, workers=workers)
         for place, batch in enumerate(batches):
+            if stop is not None and team.any(stop.requested):
+                raise Preempted(f"told to stop while measuring ({label})")
             if place >= mine:
                 predict(batch.images.to(team.device))
                 continue

@@ -9,21 +9,21 @@ import torch
 from tldist.distributed import Team
 from tldist.errors import Diverged
 from tldist.files import write_json
-from tldist.runs import RunFolder
 from tldist.training.loop import Step
+from tldist.training.track import Journal
 
 
 class Window:
     """The steps since the last log line, over all processes.
 
     Args:
-        folder: where lines are logged.
+        journal: where lines are logged.
         team: the processes; all call together.
         every: steps of a line.
     """
 
-    def __init__(self, folder: RunFolder, team: Team, every: int) -> None:
-        self.folder, self.team, self.every = folder, team, every
+    def __init__(self, journal: Journal, team: Team, every: int) -> None:
+        self.journal, self.team, self.every = journal, team, every
         self.steps: list[Step] = []
         self.begin = time.perf_counter()
         self.waited = 0.0  # seconds that this process waited for data
@@ -48,16 +48,15 @@ class Window:
         count = float(counts.sum())
         loss = float(total.sum()) / max(1.0, count)
         seconds = time.perf_counter() - self.begin
-        if self.team.is_main:
-            self.folder.log(
-                step=step.number,
-                epoch=step.plan.epoch + 1,
-                samples=step.samples,
-                loss=loss,
-                lr=step.lr,
-                images_per_second=round(count / seconds, 2),
-                data_wait=round(self.waited / seconds, 4),
-            )
+        self.journal.log(
+            step=step.number,
+            epoch=step.plan.epoch + 1,
+            samples=step.samples,
+            loss=loss,
+            lr=step.lr,
+            images_per_second=round(count / seconds, 2),
+            data_wait=round(self.waited / seconds, 4),
+        )
         self.steps = []
         self.restart()
         return loss
@@ -69,7 +68,7 @@ class Window:
     def _explain(self, step: Step) -> None:
         """Name the first bad step and its images; the same command reaches it again."""
         indices = [int(i) for part in self.team.gather(step.plan.indices.tolist()) for i in part]
-        record = self.folder.path / f"not_finite-step-{step.number:08d}.json"
+        record = self.journal.folder.path / f"not_finite-step-{step.number:08d}.json"
         found = {"step": step.number, "epoch": step.plan.epoch + 1, "lr": step.lr, "positions": indices}
         if self.team.is_main:
             write_json(record, found)
