@@ -13,12 +13,13 @@ STAMP := .venv/.installed
 # One thread for each test process: two of them on two cores would otherwise fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help demo test realdata lint clean install
+.PHONY: help demo test realdata table lint clean install
 
 help:
 	@echo "make demo      install into .venv, then tell the story of transfer learning (minutes, no network)"
 	@echo "make test      install into .venv, then run the tests"
 	@echo "make realdata  the tests on real photos, digits and weights (TLDIST_REAL_DATA, or ../shared/data)"
+	@echo "make table     every torchvision classifier tried, into docs/zoo.md (minutes, 10 GB of memory)"
 	@echo "make lint      style, types and layers"
 	@echo "make clean     remove .venv, caches and what the demo wrote"
 
@@ -43,6 +44,10 @@ test: $(STAMP)
 realdata: $(STAMP)
 	@echo "== realdata: the tests on real photos, digits and weights"
 	@$(PYTEST) -m "realdata" $(ARGS) && echo "== realdata: PASS" || { echo "== realdata: FAIL"; exit 1; }
+
+table: $(STAMP)
+	@echo "== table: every torchvision classifier, into docs/zoo.md"
+	@$(BIN)/python benchmarks/zoo_table.py && echo "== table: PASS" || { echo "== table: FAIL"; exit 1; }
 
 lint: $(STAMP)
 	@echo "== lint: ruff (style, format), mypy (types), import-linter (layers)"

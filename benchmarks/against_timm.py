@@ -107,7 +107,7 @@ def timm_run(
 
 
 def same_settings(task: Task, resize: int) -> list[str]:
-    """What makes timm do what tldist does by default: crop, interpolation, dropout, no jitter, no smoothing."""
+    """What makes timm do what tldist does by default: crop, interpolation, dropout; and nothing else."""
     options = [
         "--scale", 0.35, 1.0, "--ratio", 0.75, 1.3333, "--color-jitter", 0, "--smoothing", 0,
         "--train-interpolation", "bilinear", "--interpolation", "bilinear",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from tldist.models.blocks import cut_blocks, freeze, trainable_blocks, training_mode
 from tldist.models.chain import Affine, Chain, Scale
 from tldist.models.heads import copy_rows_by_name, find_head, head_outputs, head_width, tapped
+from tldist.models.split import split_model
 from tldist.models.zoo import build_network, describe_network, list_architectures
 
 FAMILIES = [
@@ -18,13 +20,18 @@ FAMILIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_blocks__every_parameter_belongs_to_one_and_the_head_is_last(name: str) -> None:
-    with torch.device("meta"):
-        model = build_network(describe_network(name, 7), trust_code=False)
+def without_memory(name: str) -> nn.Module:
+    """A network whose weights have shapes and no numbers."""
+    with init_empty_weights():
+        return build_network(describe_network(name, 7), trust_code=False).to("meta")
+
+
+@pytest.mark.parametrize("name", list_architectures())
+def test_whole_zoo__every_parameter_belongs_to_one_block_and_the_head_is_last(name: str) -> None:
+    model = without_memory(name)
     path, head = find_head(model)
     assert head_outputs(head) == 7
-    assert head_width(head) >= 512
+    assert head_width(head) >= 400
     blocks = cut_blocks(model)
     assert blocks[-1].name == path
     assert len(blocks) >= 5
@@ -33,6 +40,20 @@ def test_blocks__every_parameter_belongs_to_one_and_the_head_is_last(name: str) 
     order = [next(n for n, _ in model.named_parameters() if block.owns(n)) for block in blocks]
     names = [n for n, _ in model.named_parameters()]
     assert [names.index(n) for n in order[1:]] == sorted(names.index(n) for n in order[1:])
+
+
+@pytest.mark.parametrize("name", list_architectures())
+def test_whole_zoo__is_cut_where_its_frozen_part_ends(name: str) -> None:
+    model = without_memory(name).eval()
+    blocks = cut_blocks(model)
+    size = 299 if name == "inception_v3" else 224
+    for what in ("head", "last:2"):
+        learning = trainable_blocks(model, blocks, what)
+        prefix, suffix = split_model(model, blocks, learning)
+        assert suffix(prefix(torch.zeros(2, 3, size, size, device="meta"))).shape == (2, 7)
+        learns = {n for n, _ in model.named_parameters() if any(block.owns(n) for block in learning)}
+        names = {id(p): n for n, p in model.named_parameters()}
+        assert {names[id(p)] for p in suffix.parameters()} == learns
 
 
 def test_zoo__lists_what_torchvision_has() -> None:
