@@ -75,7 +75,7 @@ def tldist_run(task: Task, seed: int, bundle: Path, out: Path, *settings: str) -
     """(accuracy of the last epoch, images/s of the last epoch, evaluation apart)."""
     command = [
         sys.executable, "-m", "tldist", "finetune", f"data={task.data}", f"model={bundle}", f"out={out}",
-        f"seed={seed}", f"epochs={task.epochs}", f"batch_size={task.batch}", "select=last", "workers=2",
+        f"seed={seed}", f"epochs={task.epochs}", f"batch_size={task.batch}", "select=last",
         f"optimizer.lr={task.lr}", f"optimizer.weight_decay={task.decay}", "optimizer.warmup=0",
         f"augment.flip={str(task.flip).lower()}", "checkpoint.keep=1", "calibrate=false", *settings,
     ]  # fmt: skip
@@ -97,7 +97,7 @@ def timm_run(
         "-b", task.batch, "--opt", "adamw", "--lr", task.lr, "--weight-decay", task.decay,
         "--sched-on-updates", "--warmup-epochs", 0, "--min-lr", 0, "--hflip", 0.5 if task.flip else 0.0,
         "--input-size", 3, task.size, task.size, "--output", out, "--experiment", "run", "--log-interval", 1,
-        "--workers", 2, *options,
+        *options,
     ]  # fmt: skip
     text = run([str(part) for part in command])
     with (out / "run" / "summary.csv").open() as rows:

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,6 +18,9 @@ from tldist import __version__
 from tldist.errors import BundleError
 from tldist.files import atomic_folder, canonical_json, read_json, sha256_file, sha256_text, write_json
 from tldist.runtime.preprocess import Preprocessing
+
+Task = Literal["multiclass", "multilabel"]
+"""One class an image, by softmax; or any number of them, by sigmoid."""
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -36,6 +39,7 @@ class _Stored(BaseModel):
     preprocessing: dict[str, Any]
     files: dict[str, str]
     temperature: float = 1.0
+    task: Task = "multiclass"
     lineage: dict[str, Any] = {}
     metrics: dict[str, Any] = {}
     tldist: str = ""
@@ -52,7 +56,8 @@ class BundleConfig:
         lineage: how it came to be: stage, recipe, parents by hash, data.
         metrics: what was measured when it was made.
         files: SHA-256 of every file.
-        temperature: probabilities are ``softmax(logits / temperature)``.
+        temperature: probabilities are ``softmax(logits / temperature)``, or ``sigmoid`` of that.
+        task: multiclass (one class an image, softmax) or multilabel (any number of them, sigmoid).
     """
 
     model: dict[str, Any]
@@ -62,12 +67,16 @@ class BundleConfig:
     metrics: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     temperature: float = 1.0
+    task: Task = "multiclass"
 
     @property
     def identity(self) -> str:
-        """Hash of what the bundle computes: description, classes, preprocessing, temperature, weights."""
+        """Hash of what the bundle computes: description, classes, task, preprocessing, temperature,
+        weights."""
         weights = self.files.get(WEIGHTS, "")
         parts = [self.model, list(self.classes), self.preprocessing.to_dict(), self.temperature, weights]
+        if self.task != "multiclass":
+            parts.append(self.task)
         return sha256_text(canonical_json(parts))
 
 
@@ -129,6 +138,7 @@ def read_bundle(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[P
         stored.metrics,
         stored.files,
         stored.temperature,
+        stored.task,
     )
 
 
@@ -175,6 +185,7 @@ def write_bundle(
             preprocessing=written.preprocessing.to_dict(),
             files=files,
             temperature=written.temperature,
+            task=written.task,
             lineage=written.lineage,
             metrics=written.metrics,
             tldist=__version__,

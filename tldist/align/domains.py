@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tldist.domain import Domain, sort_names
+from tldist.domain import Domain
 from tldist.errors import DomainError
 
 
@@ -46,7 +46,11 @@ def choose_domains(source: Domain, target: Domain, held_out: float, seed: int) -
             f"{train.name}: no labels. The source of an alignment needs them, one folder of images a class "
             f"or a label column; the target does not."
         )
-    classes = sort_names(train.classes[label] for label in np.unique(train.labels))
+    if train.is_multilabel:
+        raise DomainError(
+            f"{train.name}: its images have several classes each; align needs one class an image."
+        )
+    classes = train.used_classes
     if len(classes) < 2:
         raise DomainError(f"{train.name}: a single class '{classes[0]}'; a head needs at least two.")
     held = train.carve(held_out, seed)[1]

@@ -76,6 +76,8 @@ class Domain:
         classes: class names in natural order; a label is known by its name, never by its position.
         splits: (N,) of text: the split of each sample.
         max_bad: the share of broken images that is tolerated.
+        tags: bool (N, K), the classes of each sample, where a sample may have several or none; ``labels`` are
+            all -1 then. None: a sample has one class at most.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Domain:
     classes: tuple[str, ...]
     splits: np.ndarray
     max_bad: float = 0.01
+    tags: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,12 +113,30 @@ class Domain:
     @property
     def has_labels(self) -> bool:
         """Whether every sample has a label."""
-        return len(self) > 0 and bool((self.labels >= 0).all())
+        return len(self) > 0 and (self.is_multilabel or bool((self.labels >= 0).all()))
+
+    @property
+    def is_multilabel(self) -> bool:
+        """Whether a sample may have several classes, or none."""
+        return self.tags is not None
+
+    @property
+    def used_classes(self) -> tuple[str, ...]:
+        """Names of the classes that samples have, in natural order."""
+        if self.tags is not None:
+            return tuple(self.classes[place] for place in np.flatnonzero(self.tags.any(axis=0)))
+        return tuple(self.classes[label] for label in np.unique(self.labels) if label >= 0)
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> Domain:
         """The samples at ``indices``, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return replace(self, rows=self.rows[chosen], labels=self.labels[chosen], splits=self.splits[chosen])
+        return replace(
+            self,
+            rows=self.rows[chosen],
+            labels=self.labels[chosen],
+            splits=self.splits[chosen],
+            tags=None if self.tags is None else self.tags[chosen],
+        )
 
     def split(self, name: str) -> Domain:
         """The samples of one split.
@@ -151,7 +172,8 @@ class Domain:
         return self.subset(sorted(kept))
 
     def carve(self, fraction: float, seed: int) -> tuple[Domain, Domain]:
-        """Hold out a share of every class, chosen by a hash of (seed, id), never by position.
+        """Hold out a share of every class, chosen by a hash of (seed, id), never by position; of all samples
+        together where they have several classes.
 
         Returns:
             (the rest, the held-out part); a class of one sample stays in the rest.
@@ -167,20 +189,29 @@ class Domain:
         return self.subset(np.flatnonzero(~chosen)), self.subset(np.flatnonzero(chosen))
 
     def labels_in(self, classes: Sequence[str]) -> np.ndarray:
-        """Labels as positions in another list of class names: int64 (N,), -1 where there is none.
+        """Labels in another list of class names.
+
+        Returns:
+            int64 (N,): positions in the list, -1 where there is none. Of a multi-label domain float32 (N, K):
+            1 for the classes that a sample has.
 
         Raises:
             DomainError: a class of this domain is not in the list.
         """
         position = {name: place for place, name in enumerate(classes)}
-        used = [self.classes[label] for label in np.unique(self.labels) if label >= 0]
-        missing = [name for name in used if name not in position]
+        missing = [name for name in self.used_classes if name not in position]
         if missing:
             hint = close_matches(missing[0], classes) if classes else "The model has no classes."
             raise DomainError(
                 f"{self.name}: {len(missing)} of its classes are unknown to the model: "
                 f"{', '.join(missing[:5])}. {hint}"
             )
+        if self.tags is not None:
+            targets = np.zeros((len(self), len(classes)), dtype=np.float32)
+            for column, name in enumerate(self.classes):
+                if name in position:
+                    targets[:, position[name]] = self.tags[:, column]
+            return targets
         table = np.array([position.get(name, -1) for name in self.classes] + [-1], dtype=np.int64)
         return table[self.labels]
 
@@ -189,10 +220,19 @@ class Domain:
         """Hash of what the domain holds: ids, class names, splits, sizes; not of where it lies."""
         digest = hashlib.sha256()
         for index, row in enumerate(self.rows.tolist()):
-            label = self.classes[self.labels[index]] if self.labels[index] >= 0 else ""
-            parts = (self.source.id(row), label, str(self.splits[index]), str(self.source.size(row)))
+            parts = (
+                self.source.id(row),
+                self._label_text(index),
+                str(self.splits[index]),
+                str(self.source.size(row)),
+            )
             digest.update(("\0".join(parts) + "\n").encode())
         return digest.hexdigest()
+
+    def _label_text(self, index: int) -> str:
+        if self.tags is not None:
+            return "\1".join(["", *(self.classes[place] for place in np.flatnonzero(self.tags[index]))])
+        return self.classes[self.labels[index]] if self.labels[index] >= 0 else ""
 
 
 def id_hash(text: str) -> str:

@@ -18,6 +18,9 @@ from tldist.domain.recipe import DataRecipe
 from tldist.errors import DomainError, MissingExtra, close_matches
 from tldist.runtime.decode import BadImage, read_bytes
 
+Label = str | tuple[str, ...] | None
+"""The class of a row, its classes where the column holds lists, or none."""
+
 CACHE_BYTES = 256 << 20
 """Image bytes that a process keeps of the row groups it read last."""
 
@@ -127,7 +130,7 @@ def open_parquet(files: Sequence[Path], recipe: DataRecipe) -> Domain:
         DomainError: no rows, no image column, unreadable files, ids that repeat.
     """
     parquet = _pyarrow()
-    labels: list[str | None] = []
+    labels: list[Label] = []
     splits: list[str] = []
     ids: list[str] | None = []
     for path in files:
@@ -153,36 +156,57 @@ def open_parquet(files: Sequence[Path], recipe: DataRecipe) -> Domain:
         raise DomainError(f"{recipe.path}: the Parquet files have no rows.")
     if ids is not None and len(set(ids)) < len(ids):
         raise DomainError(f"{recipe.path}: values repeat in '{recipe.id_column}'; set data.id_column.")
-    classes = sort_names(label for label in labels if label is not None)
+    several = [label for label in labels if isinstance(label, tuple)]
+    if several and len(several) < len(labels):
+        raise DomainError(
+            f"{recipe.path}: {len(labels) - len(several)} of {len(labels)} rows have no list of classes in "
+            f"'{recipe.label_column}', though others have. Give an empty list to an image without any class."
+        )
+    names = (name for label in labels for name in ([label] if isinstance(label, str) else label or ()))
+    classes = sort_names(names)
     position = {name: place for place, name in enumerate(classes)}
+    tags = np.zeros((len(several), len(classes)), dtype=bool)
+    for row, names_here in enumerate(several):
+        tags[row, [position[name] for name in names_here]] = True
     return Domain(
         name=recipe.path,
         source=ParquetSource(files, recipe, ids),
         rows=np.arange(len(labels), dtype=np.int64),
-        labels=np.array([-1 if label is None else position[label] for label in labels], dtype=np.int32),
+        labels=np.array([position[label] if isinstance(label, str) else -1 for label in labels], np.int32),
         classes=classes,
         splits=np.array(splits),
+        tags=tags if several else None,
     )
 
 
-def _labels(table: Any, schema: Any, column: str, count: int) -> list[str | None]:
+def _labels(table: Any, schema: Any, column: str, count: int) -> list[Label]:
     if column not in table.column_names:
         return [None] * count
     names = _class_names(schema, column)
-    values = table.column(column).to_pylist()
-    if names:
-        return [None if value is None or value < 0 else names[value] for value in values]
-    return [None if value is None else str(value) for value in values]
+
+    def name_of(value: Any) -> str | None:
+        if value is None or (names and value < 0):
+            return None
+        return names[value] if names else str(value)
+
+    return [
+        tuple(name for name in map(name_of, value) if name is not None)
+        if isinstance(value, list)
+        else name_of(value)
+        for value in table.column(column).to_pylist()
+    ]
 
 
 def _class_names(schema: Any, column: str) -> list[str] | None:
-    """The class names that Hugging Face's ``datasets`` stores in the schema beside a column of numbers."""
+    """The class names that Hugging Face's ``datasets`` stores in the schema beside a column of numbers, or of
+    lists of numbers."""
     stored = (schema.metadata or {}).get(b"huggingface")
     if not stored:
         return None
     try:
-        names = json.loads(stored)["info"]["features"][column]["names"]
-    except (ValueError, KeyError, TypeError):
+        feature = json.loads(stored)["info"]["features"][column]
+        names = feature.get("feature", feature)["names"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
     return [str(name) for name in names]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
-
 from tldist import distributed
 from tldist.data.loader import num_workers
 from tldist.distributed import Team
@@ -17,7 +15,7 @@ from tldist.evaluate.recipe import EvaluateRecipe
 from tldist.progress import show_plan
 from tldist.runs import Outcome, RunFolder, open_run, recorded
 from tldist.training.ledger import LEDGER
-from tldist.training.measure import Measurement, measure
+from tldist.training.measure import Measurement, MultilabelMeasurement, OneClassMeasurement, measure
 
 _MOST_ROWS = 40
 """Classes listed one by one; of more, the worst."""
@@ -66,7 +64,7 @@ def _show(recipe: EvaluateRecipe, team: Team, classifier: Classifier, domain: Do
     how = classifier.preprocessing
     rows: dict[str, Any] = {
         "model": f"{recipe.model}: {classifier.kind}, input {how.height}x{how.width}",
-        "data": f"{domain.name}: {len(domain):,} images of {len(np.unique(domain.labels))} classes",
+        "data": f"{domain.name}: {len(domain):,} images of {len(domain.used_classes)} classes",
         "processes": team.size,
     }
     show_plan("evaluate", rows)
@@ -74,6 +72,9 @@ def _show(recipe: EvaluateRecipe, team: Team, classifier: Classifier, domain: Do
 
 def _words(found: Measurement) -> str:
     """Accuracy, loss and a line a class."""
+    if isinstance(found, MultilabelMeasurement):
+        return _words_of_several(found)
+    assert isinstance(found, OneClassMeasurement)
     totals, right = found.confusion.sum(1), found.confusion.diagonal()
     present = [row for row in range(len(found.classes)) if totals[row]]
     shown = present
@@ -90,7 +91,21 @@ def _words(found: Measurement) -> str:
     return "\n".join(lines)
 
 
-def _class_row(found: Measurement, row: int, width: int) -> str:
+def _words_of_several(found: MultilabelMeasurement) -> str:
+    """Mean average precision and that of each class, the worst first."""
+    worst = sorted(found.average_precision.items(), key=lambda item: item[1])[:_MOST_ROWS]
+    width = max([len("class"), *(len(name) for name, _ in worst)])
+    return "\n".join(
+        [
+            f"mean average precision {found.score:.4f}, F1 {found.f1:.4f}, right decisions "
+            f"{found.accuracy:.4f}, loss {found.loss:.4f} on {found.count:,} images",
+            f"{'class'.ljust(width)}  average precision",
+            *(f"{name.ljust(width)}  {value:17.4f}" for name, value in worst),
+        ]
+    )
+
+
+def _class_row(found: OneClassMeasurement, row: int, width: int) -> str:
     counts = found.confusion[row]
     total, right = int(counts.sum()), int(counts[row])
     others = counts.copy()

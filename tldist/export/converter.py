@@ -16,7 +16,7 @@ import onnxscript  # noqa: F401 - the dynamo exporter needs it, and says so too 
 import torch
 from torch import Tensor, nn
 
-from tldist.bundle import BundleConfig
+from tldist.bundle import BundleConfig, Task
 from tldist.errors import ModelError
 from tldist.models.heads import tapped
 from tldist.models.load import input_tensor, load_bundle
@@ -39,14 +39,20 @@ class ExportGraph(nn.Module):
         how: its preprocessing.
         outputs: names, in order.
         temperature: of the probabilities.
+        task: whose probabilities they are.
     """
 
     def __init__(
-        self, model: nn.Module, how: Preprocessing, outputs: Sequence[str], temperature: float = 1.0
+        self,
+        model: nn.Module,
+        how: Preprocessing,
+        outputs: Sequence[str],
+        temperature: float = 1.0,
+        task: Task = "multiclass",
     ) -> None:
         super().__init__()
         self.model, self.how, self.outputs = model, how, tuple(outputs)
-        self.temperature = temperature
+        self.temperature, self.task = temperature, task
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """uint8 (N, H, W, 3) to one (N, D) an output, in the precision of the weights."""
@@ -54,7 +60,8 @@ class ExportGraph(nn.Module):
         with tapped(self.model) as features:
             logits = self.model(input_tensor(images, self.how, dtype=dtype))
             found = {LOGITS: logits, FEATURES: features()}
-        found[PROBABILITIES] = torch.softmax(logits / self.temperature, 1)
+        scaled = logits / self.temperature
+        found[PROBABILITIES] = scaled.sigmoid() if self.task == "multilabel" else scaled.softmax(1)
         return tuple(found[name] for name in self.outputs)
 
 
@@ -63,7 +70,8 @@ def load_graph(
 ) -> tuple[ExportGraph, BundleConfig]:
     """The module to export of a bundle, in evaluation mode, and the bundle's configuration."""
     model, config = load_bundle(path, trust_code=trust_code, verify=verify)
-    return ExportGraph(model, config.preprocessing, outputs, config.temperature).eval(), config
+    graph = ExportGraph(model, config.preprocessing, outputs, config.temperature, config.task)
+    return graph.eval(), config
 
 
 def answer(graph: ExportGraph, samples: Samples) -> Reference:

@@ -133,6 +133,7 @@ def _describe(
         classes=bundle.classes if LOGITS in widths else (),
         preprocessing=bundle.preprocessing,
         temperature=bundle.temperature,
+        task=bundle.task,
         outputs=widths,
         profile=profile.model_dump(mode="json"),
         bundle={"identity": bundle.identity, "weights": bundle.files[WEIGHTS]},

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from tldist.domain import DataRecipe, Domain, open_domain, sort_names
 from tldist.errors import DomainError
 from tldist.progress import warn
@@ -51,9 +49,10 @@ def split_domains(data: DataRecipe, held_out: float, seed: int) -> Domains:
         raise DomainError(
             f"{whole.name}: no labels. Expected one folder of images a class, or a label column."
         )
-    classes = sort_names(whole.classes[label] for label in np.unique(whole.labels))
-    if len(classes) < 2:
-        raise DomainError(f"{whole.name}: a single class '{classes[0]}'; a classifier needs at least two.")
+    classes = whole.used_classes
+    if len(classes) < (1 if whole.is_multilabel else 2):
+        found = f"a single class '{classes[0]}'" if classes else "no class"
+        raise DomainError(f"{whole.name}: {found}; a classifier needs at least two.")
     test = domain.split("test") if "test" in domain.split_counts and whole is not domain else None
     if "val" in domain.split_counts and whole is not domain:
         validation = domain.split("val")
@@ -69,7 +68,7 @@ def split_domains(data: DataRecipe, held_out: float, seed: int) -> Domains:
 
 
 def _check_classes(train: Domain, validation: Domain, classes: tuple[str, ...]) -> None:
-    present = {validation.classes[label] for label in np.unique(validation.labels) if label >= 0}
+    present = set(validation.used_classes)
     unknown = sort_names(present - set(classes))
     if unknown:
         raise DomainError(

@@ -41,6 +41,8 @@ def finish(job: Job, work: Work | None, guards: Guards, seconds: float) -> None:
     validation, sweep = _measure_result(job, work) if job.inputs.validation else (None, None)
     broken = job.state.ledger.settle(job.team)
     metrics = {"val_accuracy": validation.accuracy, "val_loss": validation.loss} if validation else {}
+    if validation and job.inputs.train.is_multilabel:
+        metrics["val_mean_average_precision"] = validation.score
     calibration = _calibrate(validation) if validation and job.recipe.calibrate else None
     config = replace(
         job.inputs.start.config,
@@ -169,7 +171,13 @@ def outcome_of(folder: RunFolder, note: str = "") -> Outcome:
         probes, best = len(summary["sweep"]), summary["sweep"][0]
         lines.append(f"best of {probes} probes: lr {best['lr']:g}, weight decay {best['weight_decay']:g}")
     if validation:
-        lines.append(f"validation accuracy {validation['accuracy']:.4f} on {validation['count']:,} images")
+        score = validation.get("mean_average_precision")
+        words = (
+            f"accuracy {validation['accuracy']:.4f}"
+            if score is None
+            else f"mean average precision {score:.4f}"
+        )
+        lines.append(f"validation {words} on {validation['count']:,} images")
         below = below_probe(validation["accuracy"], summary.get("linear_probe"))
         if below:
             lines.append(f"warning: that is {below}.")

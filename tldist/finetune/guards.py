@@ -74,9 +74,13 @@ def plain_probe(job: Job) -> dict[str, float] | None:
         return job.team.on_main(lambda: read_json(file, RecipeError, "linear probe"))
     pays = (
         job.recipe.train != "head"
+        and not inputs.train.is_multilabel
         and inputs.start.config.lineage.get("weights") != "none"
         and job.state.epochs >= LEAST_EPOCHS
     )
+    if inputs.train.is_multilabel and asked == "on":
+        warn("guard.probe=on: not measured, a linear probe needs one class an image")
+        return None
     has_begun = job.state.position.step > 0  # the model has left where it started
     if inputs.validation is None or has_begun or asked == "off" or (asked == "auto" and not pays):
         return None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from tldist.data.order import seed_of
 from tldist.domain import Domain
+from tldist.errors import RecipeError
 from tldist.files import sha256_text
 from tldist.finetune.domains import split_domains
 from tldist.finetune.recipe import FinetuneRecipe
@@ -46,7 +47,11 @@ class Inputs:
 
 
 def load_inputs(recipe: FinetuneRecipe) -> Inputs:
-    """Open the domains and build the model; the new head depends on the seed alone."""
+    """Open the domains and build the model; the new head depends on the seed alone.
+
+    Raises:
+        RecipeError: a setting that does not go with several classes an image.
+    """
     domains = split_domains(recipe.data, recipe.validation, recipe.seed)
     torch.manual_seed(seed_of("init", recipe.seed))
     start = start_model(
@@ -57,4 +62,10 @@ def load_inputs(recipe: FinetuneRecipe) -> Inputs:
         new_head=recipe.head == "new",
         trust_code=recipe.trust_code,
     )
+    if domains.train.is_multilabel:
+        if recipe.class_weights != "none":
+            raise RecipeError("class_weights=balanced weighs images of one class each; these have several.")
+        start = replace(start, config=replace(start.config, task="multilabel"))
+    else:
+        start = replace(start, config=replace(start.config, task="multiclass"))
     return Inputs(domains.train, domains.validation, domains.test, domains.classes, start)

@@ -30,6 +30,7 @@ from tldist.training.optim import PullToStart
 from tldist.training.precision import Numerics, settle_numerics
 from tldist.training.saver import Saver
 from tldist.training.signals import StopFlag
+from tldist.training.threads import count_operations, mean_image_bytes, threads_for_training
 from tldist.training.track import Journal
 
 
@@ -44,6 +45,7 @@ class Job:
         blocks: of the model, the head last.
         numerics: how it computes.
         workers: decoding processes of each process.
+        cores, threads: that this process has; that it trains on while images are decoded beside it.
         frozen_names: parameters and buffers that no phase may change.
         frozen_before: their hash.
     adapters: LoRA, until they are merged.
@@ -62,6 +64,8 @@ class Job:
     blocks: list[Block]
     numerics: Numerics
     workers: int
+    cores: int
+    threads: int
     frozen_names: list[str]
     frozen_before: str
     adapters: Adapters | None
@@ -184,6 +188,7 @@ def prepare(recipe: FinetuneRecipe, team: Team, journal: Journal, inputs: Inputs
         share,
     )
     model.to(memory_format=numerics.memory_format)
+    workers = num_workers(recipe.workers, team.local_size)
     backbone = [name for name, _ in model.named_parameters() if not blocks[-1].owns(name)]
     frozen_before = hash_tensors(model.state_dict(), frozen_names)
     strength = recipe.optimizer.l2_sp
@@ -199,7 +204,9 @@ def prepare(recipe: FinetuneRecipe, team: Team, journal: Journal, inputs: Inputs
         learning=learning,
         blocks=blocks,
         numerics=numerics,
-        workers=num_workers(recipe.workers, team.local_size),
+        workers=workers,
+        cores=torch.get_num_threads(),
+        threads=_threads(team, model, inputs, workers),
         frozen_names=frozen_names,
         frozen_before=frozen_before,
         adapters=adapters,
@@ -209,6 +216,14 @@ def prepare(recipe: FinetuneRecipe, team: Team, journal: Journal, inputs: Inputs
         stop=stop,
         resumed=resumed,
     )
+
+
+def _threads(team: Team, model: nn.Module, inputs: Inputs, workers: int) -> int:
+    cores = torch.get_num_threads()
+    if team.device.type != "cpu" or workers == 0 or cores == 1:
+        return cores
+    operations = count_operations(model, torch.zeros(1, 3, inputs.how.height, inputs.how.width))
+    return threads_for_training(cores, workers, mean_image_bytes(inputs.train), operations)
 
 
 def _check_shardable(recipe: FinetuneRecipe) -> None:

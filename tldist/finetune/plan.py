@@ -22,6 +22,8 @@ def show_job(job: Job, planned: list[Planned]) -> None:
     held = (
         f"{len(inputs.validation):,} to choose the best" if inputs.validation else "the last weights are kept"
     )
+    threads = "1 thread" if job.threads == 1 else f"{job.threads} threads"
+    several = ", any number an image" if inputs.train.is_multilabel else ""
     layout = ", channels_last" if job.numerics.channels_last else ""
     how = start.config.preprocessing
     rows = {
@@ -29,10 +31,10 @@ def show_job(job: Job, planned: list[Planned]) -> None:
         f"input {how.height}x{how.width}",
         "learns": "; then ".join(_phase_words(job, phase) for phase, _, _ in planned),
         "frozen part": "; then ".join(f"computed {words}" for _, _, words in planned if words),
-        "classes": f"{len(inputs.classes)} ({start.known_rows} known to the model by name)",
+        "classes": f"{len(inputs.classes)}{several} ({start.known_rows} known to the model by name)",
         "images": f"{len(inputs.train):,} to learn from, {held}",
         "steps": f"{job.state.total_steps:,} of {recipe.batch_size} images ({job.state.epochs} epochs)",
-        "processes": f"{team.size} on {team.device.type}, {job.workers} decoding workers each",
+        "processes": f"{team.size} on {team.device.type}, each with {threads} and {job.workers} to decode",
         "precision": f"{job.numerics.precision}{layout} ({job.numerics.reason})",
         "memory": max((_memory(job, phase, part) for phase, part, _ in planned), key=lambda m: m.total),
         "out": recipe.out,

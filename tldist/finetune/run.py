@@ -19,6 +19,7 @@ from tldist.finetune.stage import Work, enter, plan_part
 from tldist.runs import Outcome, open_run, recorded
 from tldist.training.fit import fit
 from tldist.training.signals import stop_on_signals
+from tldist.training.threads import own_threads
 from tldist.training.track import Journal
 
 
@@ -37,7 +38,7 @@ def run(recipe: FinetuneRecipe) -> Outcome:
     if folder.finished:
         return outcome_of(folder, f"{folder.path} is finished already.")
     journal = Journal(folder, recipe.track or (), recipe.model_dump(mode="json"), team)
-    with recorded(folder, team.is_main), closing(journal), stop_on_signals() as stop:
+    with recorded(folder, team.is_main), closing(journal), stop_on_signals() as stop, own_threads():
         job = prepare(recipe, team, journal, inputs, stop)
         planned = [(phase, *plan_part(job, phase)) for phase in job.phases]
         show_job(job, planned)

@@ -21,7 +21,7 @@ from tldist.models.load import input_tensor
 from tldist.training.fit import restore_learner
 from tldist.training.loop import Learner
 from tldist.training.measure import Measurement
-from tldist.training.objective import balanced_weights, build_mix, cross_entropy
+from tldist.training.objective import balanced_weights, binary_cross_entropy, build_mix, cross_entropy
 from tldist.training.optim import build_optimizer, layer_scales, learning_rate
 
 
@@ -91,6 +91,7 @@ def enter(job: Job, phase: Phase, part: FrozenPart | None) -> Work:
     """Freeze, build the learner, compute the frozen part or find it computed."""
     learning = job.learning[phase]
     frozen = freeze(job.model, learning)
+    torch.set_num_threads(job.threads)
     learner = _build_learner(job, phase, learning, frozen, part)
     if job.resumed is not None and job.resumed.step > phase.first_epoch * job.state.epoch_steps:
         restore_learner(job.resumed, learner)
@@ -98,6 +99,8 @@ def enter(job: Job, phase: Phase, part: FrozenPart | None) -> Work:
     train = _load(job, part, job.inputs.train, True) if part else None
     held = job.inputs.validation
     validation = _load(job, part, held, False) if part and held else None
+    if part:
+        torch.set_num_threads(job.cores)  # nothing is decoded from here on
     return Work(learner, train, validation, part)
 
 
@@ -139,7 +142,11 @@ def _build_learner(
         undecayed=_backbone_names(job) if pulled else frozenset(),
         decays=decays,
     )
-    objective = cross_entropy(recipe.label_smoothing, _class_weights(job))
+    objective = (
+        binary_cross_entropy(recipe.label_smoothing)
+        if job.inputs.train.is_multilabel
+        else cross_entropy(recipe.label_smoothing, _class_weights(job))
+    )
     runs = part.suffix if part else model
     if recipe.gradient_checkpointing:
         _recompute(model, learning)
@@ -174,6 +181,7 @@ def _build_learner(
         else None,
         pull=job.pull if pulled else None,
         average=job.average,
+        before_change=job.state.saver.settle,
     )
 
 

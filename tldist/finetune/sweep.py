@@ -81,14 +81,14 @@ def each_probe(objective: Objective, count: int) -> Objective:
 
 
 def best_probe(found: list[Measurement]) -> int:
-    """The highest accuracy, then the lowest loss, then the first."""
-    return max(range(len(found)), key=lambda place: (found[place].accuracy, -found[place].loss, -place))
+    """The highest score, then the lowest loss, then the first."""
+    return max(range(len(found)), key=lambda place: (found[place].score, -found[place].loss, -place))
 
 
 def sweep_table(recipe: FinetuneRecipe, found: list[Measurement]) -> list[dict[str, Any]]:
     """What each probe reached on validation, best first."""
     rows = [
-        {"lr": lr, "weight_decay": decay, "accuracy": measured.accuracy, "loss": measured.loss}
+        {"lr": lr, "weight_decay": decay, "accuracy": measured.score, "loss": measured.loss}
         for (lr, decay), measured in zip(sweep_settings(recipe), found)
     ]
     return sorted(rows, key=lambda row: (-row["accuracy"], row["loss"]))

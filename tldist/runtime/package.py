@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tldist import __version__
-from tldist.bundle import verify_files
+from tldist.bundle import Task, verify_files
 from tldist.errors import PackageError
 from tldist.files import canonical_json, read_json, sha256_file, sha256_text, write_json
 from tldist.runtime.preprocess import Preprocessing
@@ -47,6 +47,7 @@ class _Stored(BaseModel):
     files: dict[str, str]
     versions: dict[str, str]
     temperature: float = 1.0
+    task: Task = "multiclass"
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class PackageConfig:
         lineage: how that bundle came to be.
         files: SHA-256 of every file but ``package.json``.
         versions: of the libraries that made it.
-        temperature: probabilities are ``softmax(logits / temperature)``.
+        temperature: probabilities are ``softmax(logits / temperature)``, or ``sigmoid`` of that.
+        task: multiclass (one class an image, softmax) or multilabel (any number of them, sigmoid).
     """
 
     classes: tuple[str, ...]
@@ -74,6 +76,7 @@ class PackageConfig:
     files: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     temperature: float = 1.0
+    task: Task = "multiclass"
 
     @property
     def identity(self) -> str:
@@ -93,6 +96,7 @@ class PackageConfig:
             "preprocessing": json.dumps(self.preprocessing.to_dict()),
             "outputs": json.dumps(list(self.outputs)),
             "temperature": json.dumps(self.temperature),
+            "task": self.task,
             "profile": self.profile_name,
             "bundle": self.bundle["identity"],
             "weights": self.bundle["weights"],
@@ -192,6 +196,7 @@ def read_package(path: str | os.PathLike[str], *, verify: bool = True) -> Packag
         files=stored.files,
         versions=stored.versions,
         temperature=stored.temperature,
+        task=stored.task,
     )
 
 
@@ -210,6 +215,7 @@ def write_package(folder: Path, config: PackageConfig) -> PackageConfig:
         files=files,
         versions=written.versions,
         temperature=written.temperature,
+        task=written.task,
     )
     write_json(folder / CONFIG, stored.model_dump())
     return written

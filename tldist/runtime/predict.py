@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from tldist.bundle import Task
 from tldist.errors import PackageError
 from tldist.runtime.decode import BadImage, read_bytes
 from tldist.runtime.package import LOGITS, PROBABILITIES, Package
@@ -58,16 +59,24 @@ def predict(
         chunk = sources[start : start + batch_size]
         named = [(f"source {place}", source) for place, source in enumerate(chunk, start)]
         images = [_prepare(source, name, package.config.preprocessing) for name, source in named]
-        for row in probabilities(package.run(np.stack(images)), package.config.temperature):
+        for row in probabilities(
+            package.run(np.stack(images)), package.config.temperature, package.config.task
+        ):
             found.append(_prediction(row, package.config.classes, top))
     return found
 
 
-def probabilities(outputs: dict[str, np.ndarray], temperature: float = 1.0) -> np.ndarray:
-    """A package's outputs to probabilities (N, K): its own, else ``softmax(logits / temperature)``."""
+def probabilities(
+    outputs: dict[str, np.ndarray], temperature: float = 1.0, task: Task = "multiclass"
+) -> np.ndarray:
+    """A package's outputs to probabilities (N, K): its own, else ``softmax(logits / temperature)``; for
+    multilabel, each ``sigmoid(logit / temperature)`` by itself."""
     if PROBABILITIES in outputs:
         return outputs[PROBABILITIES].astype(np.float64)
     logits = outputs[LOGITS].astype(np.float64) / temperature
+    if task == "multilabel":
+        alone: np.ndarray = 1 / (1 + np.exp(-np.clip(logits, -700, 700)))
+        return alone
     powers = np.exp(logits - logits.max(1, keepdims=True))
     values: np.ndarray = powers / powers.sum(1, keepdims=True)
     return values

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_calibration_error
+from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature that minimises the cross-entropy of ``softmax(logits / T)``.
+    """The temperature that minimises the cross-entropy of ``softmax(logits / T)``, or of ``sigmoid`` of it.
 
     Guo et al., arXiv:1706.04599, section 4.2; found by L-BFGS over log T in float64.
 
     Args:
         logits: (N, K).
-        labels: int64 (N,).
+        labels: int64 (N,); or float (N, K), 0 or 1 for each class.
 
     Returns:
         T in [0.05, 20]; 1 is no change, above it the model was too sure of itself.
@@ -25,7 +25,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(scores / log_t.exp(), labels)
+        scaled = scores / log_t.exp()
+        loss = (
+            nn.functional.binary_cross_entropy_with_logits(scaled, labels.double())
+            if labels.dim() == 2
+            else nn.functional.cross_entropy(scaled, labels)
+        )
         loss.backward()
         return loss
 
@@ -34,8 +39,14 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def calibration_error(logits: Tensor, labels: Tensor, temperature: float) -> float:
-    """Expected calibration error with 15 bins of ``softmax(logits / T)``."""
-    probabilities = (logits.double() / temperature).softmax(1)
+    """Expected calibration error with 15 bins of ``softmax(logits / T)``, or of each class's ``sigmoid``."""
+    scaled = logits.double() / temperature
+    if labels.dim() == 2:
+        alone: Tensor = binary_calibration_error(
+            scaled.sigmoid().flatten(), labels.long().flatten(), n_bins=15
+        )
+        return float(alone)
+    probabilities = scaled.softmax(1)
     error: Tensor = multiclass_calibration_error(
         probabilities, labels, num_classes=logits.shape[1], n_bins=15
     )

@@ -32,7 +32,7 @@ class Position:
         step: optimiser steps done.
         samples: samples seen.
         measured: steps done when the model was last measured on validation.
-        best: step, accuracy and loss of the best measurement so far, if any.
+        best: step, score and loss of the best measurement so far, if any.
         broken: broken images met so far, by position in the training domain.
         scaler: state of fp16's loss scaling.
     """

@@ -196,7 +196,7 @@ def _noting(batches: Iterable[Batch], ledger: Ledger, window: Window) -> Iterato
 
 
 def _validate(state: Fit) -> bool:
-    """Measure and remember the best: the highest accuracy, then the lowest loss, then the earliest.
+    """Measure and remember the best: the highest score, then the lowest loss, then the earliest.
 
     Returns:
         Whether it came to its end: False where the job was told to stop meanwhile, on all processes alike.
@@ -212,9 +212,12 @@ def _validate(state: Fit) -> bool:
         return False
     position.measured = position.step
     best = position.best
-    if best is None or (found.accuracy, -found.loss) > (best["accuracy"], -best["loss"]):
-        position.best = {"step": position.step, "accuracy": found.accuracy, "loss": found.loss}
-    state.journal.log(step=position.step, epoch=epoch, val_accuracy=found.accuracy, val_loss=found.loss)
+    if best is None or found.better_than(best["score"], best["loss"]):
+        position.best = {"step": position.step, "score": found.score, "loss": found.loss}
+    more = {} if found.score == found.accuracy else {"val_score": found.score}
+    state.journal.log(
+        step=position.step, epoch=epoch, val_accuracy=found.accuracy, val_loss=found.loss, **more
+    )
     return True
 
 

@@ -48,6 +48,7 @@ class Learner:
         mix: mixup or cutmix, on the batch, on the device.
         pull: L2-SP.
         average: exponential moving average of the weights.
+        before_change: called before the weights change: a save may still be reading them.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Learner:
     mix: Mix | None = None
     pull: PullToStart | None = None
     average: AveragedModel | None = None
+    before_change: Callable[[], None] = lambda: None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -156,6 +158,7 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
             learner.pull()
         if learner.clip is not None:
             learner.accelerator.clip_grad_norm_(learner.wrapped.parameters(), learner.clip)
+        learner.before_change()
         learner.optimizer.step()
         learner.optimizer.zero_grad(set_to_none=True)
         if learner.average is not None:

@@ -10,7 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix
+from torchmetrics.functional.classification import (
+    multiclass_confusion_matrix,
+    multilabel_average_precision,
+    multilabel_f1_score,
+)
 
 from tldist.data.loader import Batch, load_batches
 from tldist.data.order import blocks_of
@@ -36,9 +40,8 @@ class Measurement:
         count: images measured (the broken ones left out).
         broken: images that could not be decoded.
         classes: names, in the model's order.
-        confusion: int64 (K, K): rows are true classes, columns predicted ones.
-        top5: share of images whose class is among the five best answers.
-        logits, labels: float32 (N, K) and int64 (N,) in the domain's order, where they were asked for.
+        logits, labels: float32 (N, K), and int64 (N,) or of several classes an image float32 (N, K), in the
+            domain's order, where they were asked for.
     """
 
     accuracy: float
@@ -46,10 +49,35 @@ class Measurement:
     count: int
     broken: int
     classes: tuple[str, ...]
+    logits: Tensor | None
+    labels: Tensor | None
+
+    @property
+    def score(self) -> float:
+        """What the best model has most of."""
+        return self.accuracy
+
+    def better_than(self, score: float, loss: float) -> bool:
+        """Whether it has the higher score; where scores are equal, the lower loss."""
+        return (self.score, -self.loss) > (score, -loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        names = ("accuracy", "loss", "count", "broken")
+        return {**{name: getattr(self, name) for name in names}, "classes": list(self.classes)}
+
+
+@dataclass(frozen=True)
+class OneClassMeasurement(Measurement):
+    """Of images with one class each.
+
+    Attributes:
+        confusion: int64 (K, K): rows are true classes, columns predicted ones.
+        top5: share of images whose class is among the five best answers.
+    """
+
     confusion: np.ndarray
     top5: float
-    logits: Tensor | None = None
-    labels: Tensor | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data, with the accuracy of each class that occurs."""
@@ -59,23 +87,38 @@ class Measurement:
             for row, name in enumerate(self.classes)
             if totals[row]
         }
-        return {
-            "accuracy": self.accuracy,
-            "top5": self.top5,
-            "loss": self.loss,
-            "count": self.count,
-            "broken": self.broken,
-            "per_class": per_class,
-            "classes": list(self.classes),
-            "confusion": self.confusion.tolist(),
-        }
+        confusion = self.confusion.tolist()
+        return {**super().to_dict(), "top5": self.top5, "per_class": per_class, "confusion": confusion}
+
+
+@dataclass(frozen=True)
+class MultilabelMeasurement(Measurement):
+    """Of images with any number of classes; accuracy is the share of right decisions, a half the threshold.
+
+    Attributes:
+        average_precision: by class, of those that occur.
+        f1: over all decisions.
+    """
+
+    average_precision: dict[str, float]
+    f1: float
+
+    @property
+    def score(self) -> float:
+        """Mean average precision over the classes that occur."""
+        return float(np.mean(list(self.average_precision.values()))) if self.average_precision else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data, with the average precision of each class that occurs."""
+        more = {"mean_average_precision": self.score, "f1": self.f1, "per_class": self.average_precision}
+        return {**super().to_dict(), **more}
 
 
 def why_not_measurable(domain: Domain, classes: Sequence[str]) -> str | None:
     """Why a model with these classes cannot be measured on a domain; None: it can."""
     if not domain.has_labels:
         return "it has no labels"
-    unknown = {domain.classes[label] for label in np.unique(domain.labels)} - set(classes)
+    unknown = set(domain.used_classes) - set(classes)
     if unknown:
         return f"the model does not know its class '{min(unknown)}'"
     return None
@@ -125,6 +168,7 @@ def measure(
     mine = len(plans)
     # All make the same number of forward passes: a sharded model meets the others in each.
     plans += [np.zeros(1, np.int64)] * (len(blocks_of(len(domain), batch_size, 0, team.size)) - mine)
+    keeps = keep_logits or domain.is_multilabel
     with progress_bar(len(domain), "img", label, keep=False) as bar:
         batches = load(plans) if load else load_batches(domain, plans, how, classes=classes, workers=workers)
         for place, batch in enumerate(batches):
@@ -136,7 +180,7 @@ def measure(
             ledger.add(batch.broken)
             logits = predict(batch.images.to(team.device)).double().cpu()
             found = _row_of_each(batch, logits)
-            rows.append((torch.cat([found, logits], 1) if keep_logits else found)[batch.valid].numpy())
+            rows.append((torch.cat([found, logits], 1) if keeps else found)[batch.valid].numpy())
             bar.update(len(batch.indices) * team.size)
     broken = ledger.settle(team)
     parts = [part for part in team.gather(np.concatenate(rows) if rows else None) if part is not None]
@@ -145,13 +189,34 @@ def measure(
     table = np.concatenate(parts)
     table = table[np.argsort(table[:, 0], kind="stable")]
     _check_finite(table, domain)
-    truth, answer = torch.from_numpy(table[:, 1]).long(), torch.from_numpy(table[:, 2]).long()
-    return Measurement(
+    judge = _judge_several if domain.is_multilabel else _judge_one
+    return judge(table, domain, tuple(classes), broken, keep_logits)
+
+
+def _row_of_each(batch: Batch, logits: Tensor) -> Tensor:
+    """float64 (N, 5): position, loss, and of one class an image its label, the answer, and how many classes
+    score above the right one."""
+    if batch.labels.dim() == 2:
+        losses = nn.functional.binary_cross_entropy_with_logits(
+            logits, batch.labels.double(), reduction="none"
+        )
+        return torch.stack([batch.indices.double(), losses.mean(1)], 1)
+    losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    above = (logits > logits.gather(1, batch.labels[:, None])).sum(1)
+    columns = [batch.indices, losses, batch.labels, logits.argmax(1), above]
+    return torch.stack([column.double() for column in columns], 1)
+
+
+def _judge_one(
+    table: np.ndarray, domain: Domain, classes: tuple[str, ...], broken: int, keep_logits: bool
+) -> Measurement:
+    truth, answer = torch.from_numpy(table[:, 2]).long(), torch.from_numpy(table[:, 3]).long()
+    return OneClassMeasurement(
         accuracy=float((truth == answer).double().mean()),
-        loss=float(table[:, 3].mean()),
+        loss=float(table[:, 1].mean()),
         count=len(table),
         broken=broken,
-        classes=tuple(classes),
+        classes=classes,
         confusion=multiclass_confusion_matrix(answer, truth, num_classes=len(classes)).numpy(),
         top5=float((table[:, 4] < 5).mean()),
         logits=torch.from_numpy(table[:, 5:]).float() if keep_logits else None,
@@ -159,17 +224,31 @@ def measure(
     )
 
 
-def _row_of_each(batch: Batch, logits: Tensor) -> Tensor:
-    """float64 (N, 5): position, label, answer, loss, and how many classes score above the right one."""
-    losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-    above = (logits > logits.gather(1, batch.labels[:, None])).sum(1)
-    columns = [batch.indices, batch.labels, logits.argmax(1), losses, above]
-    return torch.stack([column.double() for column in columns], 1)
+def _judge_several(
+    table: np.ndarray, domain: Domain, classes: tuple[str, ...], broken: int, keep_logits: bool
+) -> Measurement:
+    truth = torch.from_numpy(domain.labels_in(classes)[table[:, 0].astype(np.int64)])
+    logits = torch.from_numpy(table[:, 2:])
+    present = truth.any(0)
+    precisions = multilabel_average_precision(logits, truth.long(), num_labels=len(classes), average="none")
+    f1 = multilabel_f1_score(logits, truth.long(), num_labels=len(classes), average="micro")
+    named = zip(classes, precisions.reshape(-1).tolist(), present.tolist())
+    return MultilabelMeasurement(
+        accuracy=float(((logits > 0) == (truth > 0.5)).double().mean()),
+        loss=float(table[:, 1].mean()),
+        count=len(table),
+        broken=broken,
+        classes=classes,
+        average_precision={name: value for name, value, occurs in named if occurs},
+        f1=float(f1),
+        logits=logits.float() if keep_logits else None,
+        labels=truth if keep_logits else None,
+    )
 
 
 def _check_finite(table: np.ndarray, domain: Domain) -> None:
     """`ModelError` where a loss is not finite: NaN or infinity in the model's outputs."""
-    bad = table[~np.isfinite(table[:, 3]), 0]
+    bad = table[~np.isfinite(table[:, 1]), 0]
     if len(bad):
         raise ModelError(
             f"the model's outputs are not finite (NaN or infinity) for {len(bad)} of {len(table)} images of "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 Objective = Callable[[Tensor, Tensor], Tensor]
-"""Logits (N, K) float32 and labels (N,), or label probabilities (N, K), to the loss of each sample (N,)."""
+"""Logits (N, K) float32 and labels (N,), or a number a class (N, K), to the loss of each sample (N,)."""
 
 
 def cross_entropy(label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> Objective:
@@ -28,6 +28,20 @@ def cross_entropy(label_smoothing: float = 0.0, class_weights: Tensor | None = N
         if class_weights is None:
             return losses
         return losses * (class_weights[labels] if labels.dim() == 1 else labels @ class_weights)
+
+    return objective
+
+
+def binary_cross_entropy(label_smoothing: float = 0.0) -> Objective:
+    """Of several classes an image: the mean over the classes of each one's binary cross-entropy.
+
+    Args:
+        label_smoothing: share of each target that is moved to one half.
+    """
+
+    def objective(logits: Tensor, targets: Tensor) -> Tensor:
+        smooth = targets * (1 - label_smoothing) + label_smoothing / 2
+        return nn.functional.binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(1)
 
     return objective
 

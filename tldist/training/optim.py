@@ -47,8 +47,8 @@ def build_optimizer(
         for (scale, decay), parameters in groups.items()
     ]
     if name == "adamw":
-        return AdamW(listed, lr=lr)
-    return SGD(listed, lr=lr, momentum=momentum, nesterov=momentum > 0)
+        return AdamW(listed, lr=lr, fused=True)
+    return SGD(listed, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
 
 
 def layer_scales(model: nn.Module, blocks: list[Block], decay: float) -> dict[str, float]:
@@ -125,6 +125,4 @@ def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition("|")
         parameter = parameters[parameter_name]
-        # AdamW keeps its step count on the CPU.
-        device = "cpu" if key == "step" else parameter.device
-        optimizer.state[parameter][key] = spread_like(tensor.to(device).clone(), parameter)
+        optimizer.state[parameter][key] = spread_like(tensor.to(parameter.device).clone(), parameter)

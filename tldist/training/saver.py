@@ -1,8 +1,9 @@
-"""Saving beside the training: the loop waits for a copy in memory, a thread waits for the disk."""
+"""Saving beside the training: a thread copies while the next gradient is computed, and writes."""
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -33,15 +34,20 @@ class Saver:
         self.folder, self.keep, self.frozen, self.team = folder, keep, frozenset(frozen), team
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self._buffers: State = {}
+        self._copied = threading.Event()
+        self._copied.set()
+        self._memory: State = {}
 
     def save(
         self, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None, position: Position
     ) -> None:
-        """Copy the state and return; it is written meanwhile. An error of the save before is raised here.
+        """Take the state of now and return; it is copied and written meanwhile.
 
-        What is spread over processes is gathered, tensor by tensor: a checkpoint is the same whatever their
-        number.
+        What the next forward pass changes (buffers) is copied at once, the rest until `settle`. What is
+        spread over processes is gathered at once, tensor by tensor: a checkpoint does not know their number.
+
+        Raises:
+            Exception: an error of the save before, on all processes.
         """
         self.wait()
         state: State = {
@@ -50,11 +56,29 @@ class Saver:
         }
         if average is not None:
             state[AVERAGE] = self._moving(average.state_dict())
-        copies = {name: self._copy(name, tensors) for name, tensors in state.items()}
+        buffers = {name for name, _ in model.named_buffers()}
+        later: list[tuple[Tensor, Tensor]] = []
+        for file, tensors in state.items():
+            for name, tensor in tensors.items():
+                part = tensor.detach()
+                full = whole(part)
+                if self.team.is_main:
+                    memory = self._room(file, name, full)
+                    if full is not part or name in buffers:
+                        memory.copy_(full)
+                    else:
+                        later.append((memory, full))
         if not self.team.is_main:
             return
-        self._buffers = copies
-        self._writing = self._thread.submit(self._write, self._buffers, copy.deepcopy(position))
+        ready = {
+            file: {name: self._memory[file][name] for name in tensors} for file, tensors in state.items()
+        }
+        self._copied.clear()
+        self._writing = self._thread.submit(self._write, ready, later, copy.deepcopy(position))
+
+    def settle(self) -> None:
+        """Wait until the state of the last save is copied: from then on it may change."""
+        self._copied.wait()
 
     def wait(self) -> None:
         """Wait until what was saved is on disk; its error is raised here, on all processes."""
@@ -64,20 +88,19 @@ class Saver:
     def _moving(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n: tensor for n, tensor in tensors.items() if n.removeprefix("module.") not in self.frozen}
 
-    def _copy(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy to the CPU, into the memory of the last save where it fits (fresh memory is slower)."""
-        old = self._buffers.get(name, {})
-        copies = {}
-        for key, part in tensors.items():
-            tensor = whole(part.detach())
-            if not self.team.is_main:
-                continue
-            buffer = old.get(key)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
-            copies[key] = buffer.copy_(tensor)
-        return copies
+    def _room(self, file: str, name: str, tensor: Tensor) -> Tensor:
+        """Memory on the CPU for a tensor: that of the last save where it fits (fresh memory is slower)."""
+        rooms = self._memory.setdefault(file, {})
+        room = rooms.get(name)
+        if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
+            room = rooms[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return room
 
-    def _write(self, state: State, position: Position) -> None:
+    def _write(self, state: State, later: list[tuple[Tensor, Tensor]], position: Position) -> None:
+        try:
+            for memory, tensor in later:
+                memory.copy_(tensor)
+        finally:
+            self._copied.set()
         save_checkpoint(self.folder, state, position)
         retain(self.folder, self.keep, position.best_step)
