@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from tests.support_processes import run_ranks
 from tldist import api
 from tldist.errors import RecipeError
+from tldist.training.saver import Saver
 
 IMAGES, BATCH, EPOCHS = 30, 8, 4
 PER_EPOCH = 4
@@ -210,3 +212,20 @@ def test_steps_are_saved_all_along(data: Path, tmp_path: Path) -> None:
     finetune(data, tmp_path / "r", {"checkpoint": {"every_steps": 3, "keep": 99}})
     saved = {int(path.name[5:]) for path in (tmp_path / "r/checkpoints").iterdir()}
     assert saved == {3, 6, 9, 12, 15} | {4, 8, 12, 16}
+
+
+def test_a_save_that_is_slow_to_copy_is_not_torn(
+    data: Path, tmp_path: Path, calm: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any that saves beside the training: weights of one step, optimiser state of the next."""
+    write = Saver._write
+
+    def slow(self: Saver, *arguments: Any) -> None:
+        time.sleep(0.05)
+        write(self, *arguments)
+
+    monkeypatch.setattr(Saver, "_write", slow)
+    finetune(data, tmp_path / "r", {})
+    cut_off(tmp_path / "r", 6)
+    finetune(data, tmp_path / "r", {})
+    assert_same(tmp_path / "r", calm())

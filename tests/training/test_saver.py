@@ -38,6 +38,7 @@ def test_saver__writes_what_was_there_though_training_goes_on(tmp_path: Path) ->
     saver, position = Saver(tmp_path, keep=5, frozen=(), team=ALONE), Position(step=1, samples=7)
     at_save = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     saver.save(model, optimizer, None, position)
+    saver.settle()
     step(model, optimizer)
     position.step = 2
     saver.wait()

@@ -10,17 +10,29 @@ from collections.abc import Iterator
 from tldist.doctor.finding import Check, Finding
 
 EXTRAS: dict[str, tuple[str, ...]] = {
-    "train": ("torch", "torchvision", "accelerate", "onnx", "onnxscript", "torchmetrics", "onnxruntime"),
+    "train": (
+        "torch",
+        "torchvision",
+        "accelerate",
+        "onnx",
+        "onnxscript",
+        "torchmetrics",
+        "imagehash",
+        "tensorboard",
+        "onnxruntime",
+    ),  # fmt: skip
     "embed": ("pyarrow", "tqdm"),
     "report": ("jinja2", "matplotlib"),
     "demo": ("sklearn",),
     "timm": ("timm",),
+    "peft": ("peft",),
 }
 """The import names that each extra brings (tests hold this equal to pyproject.toml)."""
 
 DISTRIBUTIONS = (
     "numpy", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "torchvision", "accelerate", "onnx",
-    "onnxscript", "onnxruntime", "onnxruntime-gpu", "pyarrow", "torchmetrics", "matplotlib", "scikit-learn",
+    "onnxscript", "onnxruntime", "onnxruntime-gpu", "pyarrow", "torchmetrics", "imagehash", "tensorboard",
+    "matplotlib", "scikit-learn",
 )  # fmt: skip
 
 

@@ -141,6 +141,7 @@ def _build_learner(
         scales=scales,
         undecayed=_backbone_names(job) if pulled else frozenset(),
         decays=decays,
+        fused=not job.team.shards,
     )
     objective = (
         binary_cross_entropy(recipe.label_smoothing)

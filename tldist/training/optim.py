@@ -24,6 +24,7 @@ def build_optimizer(
     scales: Mapping[str, float] | None = None,
     undecayed: frozenset[str] = frozenset(),
     decays: Mapping[str, float] | None = None,
+    fused: bool = True,
 ) -> Optimizer:
     """AdamW or SGD over what learns.
 
@@ -34,6 +35,7 @@ def build_optimizer(
             its own as ``scale``.
         undecayed: names that are not decayed either.
         decays: weight decay by parameter name, ``weight_decay`` where it is not named.
+        fused: step all parameters in one kernel; PyTorch's SGD cannot where they are spread over processes.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for parameter_name, parameter in model.named_parameters():
@@ -47,8 +49,8 @@ def build_optimizer(
         for (scale, decay), parameters in groups.items()
     ]
     if name == "adamw":
-        return AdamW(listed, lr=lr, fused=True)
-    return SGD(listed, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=True)
+        return AdamW(listed, lr=lr, fused=fused)
+    return SGD(listed, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
 
 
 def layer_scales(model: nn.Module, blocks: list[Block], decay: float) -> dict[str, float]:
