@@ -20,7 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "imagehash",
         "tensorboard",
         "onnxruntime",
-    ),  # fmt: skip
+    ),
     "embed": ("pyarrow", "tqdm"),
     "report": ("jinja2", "matplotlib"),
     "demo": ("sklearn",),
