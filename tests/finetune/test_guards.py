@@ -16,6 +16,7 @@ from tests.support_models import make_bundle
 from tests.support_processes import run_ranks
 from tldist import api
 from tldist.errors import RecipeError
+from tldist.finetune import guards
 
 SETTINGS = {
     "image_size": 32, "precision": "fp32", "batch_size": 8, "workers": 0, "epochs": 4,
@@ -54,6 +55,17 @@ def test_duplicates__between_train_val_and_test_are_counted_and_listed(data: Pat
     assert summary(tmp_path / "off")["duplicates"] is None
     run_ranks(finetune, 2, tmp_path / "d", tmp_path / "two", settings)
     assert summary(tmp_path / "two")["duplicates"] == summary(tmp_path / "r")["duplicates"]
+
+
+def test_duplicates__are_looked_for_once_for_the_same_images(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, object] = {"model": "tests.nets:plain_cnn", "weights": "none", "epochs": 1}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    finetune(data, tmp_path / "first", settings)
+    monkeypatch.setattr(guards, "find_duplicates", None)
+    finetune(data, tmp_path / "second", settings)
+    assert summary(tmp_path / "second")["duplicates"] == summary(tmp_path / "first")["duplicates"] == {}
 
 
 def test_probe__a_result_below_it_is_reported(data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,9 +12,10 @@ from torch import nn
 from tldist.data.duplicates import find_duplicates
 from tldist.domain import Domain
 from tldist.errors import RecipeError
+from tldist.features.cache import default_folder
 from tldist.features.extract import extract
 from tldist.features.heads import DEFAULT_GRID, fit_logistic
-from tldist.files import read_json, write_json
+from tldist.files import canonical_json, read_json, sha256_text, write_json
 from tldist.finetune.job import Job
 from tldist.progress import warn
 
@@ -39,7 +41,9 @@ class Guards:
 
 
 def look_for_duplicates(job: Job) -> dict[str, int] | None:
-    """Images that lie in more than one split, once a run; called by all processes together.
+    """Images that lie in more than one split; called by all processes together.
+
+    Found once for the same domains: the list is kept in the user's cache folder, and in the run.
 
     Returns:
         How many, by pair of splits and kind; None where it was not looked for.
@@ -51,16 +55,24 @@ def look_for_duplicates(job: Job) -> dict[str, int] | None:
     images = sum(map(len, there.values()))
     if asked == "off" or len(there) < 2 or (asked == "auto" and images > MOST_IMAGES):
         return None
-    if not job.team.on_main(file.is_file):
+    key = sha256_text(canonical_json({name: domain.fingerprint for name, domain in there.items()}))[:32]
+    kept = default_folder().parent / "duplicates" / f"{key}.json"
+    if not job.team.on_main(kept.is_file):
         found = find_duplicates(there, job.team, max(1, job.workers))
         rows = [{"kind": "exact" if one.exact else "near", **dict([one.first, one.second])} for one in found]
-        job.team.on_main(lambda: write_json(file, {"pairs": rows}))
-    pairs = job.team.on_main(lambda: read_json(file, RecipeError, "list of duplicates")["pairs"])
+        job.team.on_main(lambda: _write_below(kept, rows))
+    pairs = job.team.on_main(lambda: read_json(kept, RecipeError, "list of duplicates"))
+    job.team.on_main(lambda: write_json(file, {"pairs": pairs}))
     counts = Counter(f"{'/'.join(name for name in splits if name in pair)} {pair['kind']}" for pair in pairs)
     if counts:
         words = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
         warn(f"images lie in two splits ({words}): what is measured is too good. See {file}")
     return dict(counts)
+
+
+def _write_below(file: Path, value: list[dict[str, str]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, value)
 
 
 def plain_probe(job: Job) -> dict[str, float] | None:

@@ -11,9 +11,10 @@ from tldist.finetune.finish import finish, outcome_of, prove_frozen
 from tldist.finetune.frozen import FrozenPart
 from tldist.finetune.guards import Guards, look_for_duplicates, plain_probe
 from tldist.finetune.inputs import load_inputs
-from tldist.finetune.job import Job, prepare
+from tldist.finetune.job import Job
 from tldist.finetune.phases import Phase
 from tldist.finetune.plan import show_job
+from tldist.finetune.prepare import prepare
 from tldist.finetune.recipe import FinetuneRecipe
 from tldist.finetune.stage import Work, enter, plan_part
 from tldist.runs import Outcome, open_run, recorded
@@ -42,8 +43,8 @@ def run(recipe: FinetuneRecipe) -> Outcome:
         job = prepare(recipe, team, journal, inputs, stop)
         planned = [(phase, *plan_part(job, phase)) for phase in job.phases]
         show_job(job, planned)
-        guards = Guards(look_for_duplicates(job), plain_probe(job))
         begin = time.perf_counter()
+        guards = Guards(look_for_duplicates(job), plain_probe(job))
         work: Work | None = None
         for phase, part, _ in planned:
             if _is_due(job, phase):
