@@ -53,6 +53,11 @@ def test_duplicates__between_train_val_and_test_are_counted_and_listed(data: Pat
     assert {"kind": "exact", "train": f"train/dog/{first.name}", "val": "val/dog/copy.png"} in pairs
     finetune(tmp_path / "d", tmp_path / "off", {**settings, "guard": {"duplicates": "off"}})
     assert summary(tmp_path / "off")["duplicates"] is None
+    api.report(runs=[tmp_path / "r"], out=tmp_path / "report.html")
+    assert (
+        "Images lie in two splits (1 train/val exact, 5 val/test exact)"
+        in (tmp_path / "report.html").read_text()
+    )
     run_ranks(finetune, 2, tmp_path / "d", tmp_path / "two", settings)
     assert summary(tmp_path / "two")["duplicates"] == summary(tmp_path / "r")["duplicates"]
 
@@ -75,6 +80,9 @@ def test_probe__a_result_below_it_is_reported(data: Path, tmp_path: Path) -> Non
     found = summary(tmp_path / "bad")
     assert found["linear_probe"]["accuracy"] > found["validation"]["accuracy"]
     assert "warning: that is below the plain linear probe" in text
+    api.report(runs=[tmp_path / "bad"], out=tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "The result is below a plain linear probe on the same images" in page
     text = finetune(data, tmp_path / "quiet", {**ruined, "guard": {"probe": "off"}})
     assert "probe" not in text
     assert summary(tmp_path / "quiet")["linear_probe"] is None

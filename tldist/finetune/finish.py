@@ -67,10 +67,10 @@ def finish(job: Job, work: Work | None, guards: Guards, seconds: float) -> None:
             broken_images=broken,
             frozen=frozen,
             lora=lora,
-            validation=validation.to_dict() if validation else None,
-            calibration=calibration,
             linear_probe=guards.probe,
             duplicates=guards.duplicates,
+            validation=validation.to_dict() if validation else None,
+            calibration=calibration,
             sweep=sweep,
         )
 

@@ -50,7 +50,7 @@ def read_stage(folder: Path) -> Section:
         path=str(folder),
         status=status,
         good={"done": True, "failed": False}.get(status),
-        headline=f"accuracy {show(last['accuracy'])}" if last else "",
+        headline=_headline(last),
         facts=facts(summary, [*scalars, *_MADE]),
         notes=list(_notes(summary)),
         pictures=list(_curves(RunFolder(folder, stage).read_metrics(), summary.get("selected_step"))),
@@ -75,9 +75,25 @@ def _is_fact(name: str, value: Any) -> bool:
     return name not in _HIDDEN and isinstance(value, str | int | float)
 
 
+def _headline(last: dict[str, Any]) -> str:
+    """What was reached, by the measurement that counts."""
+    if is_number(last.get("mean_average_precision")):
+        return f"mean average precision {show(last['mean_average_precision'])}"
+    return f"accuracy {show(last['accuracy'])}" if last else ""
+
+
 def _notes(summary: dict[str, Any]) -> Iterator[str]:
     if summary.get("reason"):
         yield str(summary["reason"])
+    duplicates = summary.get("duplicates")
+    if isinstance(duplicates, dict) and duplicates:
+        found = ", ".join(f"{show(count)} {name}" for name, count in sorted(duplicates.items()))
+        yield f"Images lie in two splits ({found}): what is measured is too good."
+    probe, validation = summary.get("linear_probe"), summary.get("validation")
+    if isinstance(probe, dict) and isinstance(validation, dict):
+        reached, plain = validation.get("accuracy"), probe.get("accuracy")
+        if is_number(reached) and is_number(plain) and float(reached) < float(plain):  # type: ignore[arg-type]
+            yield f"The result is below a plain linear probe on the same images ({show(plain)})."
     frozen = summary.get("frozen")
     if isinstance(frozen, dict) and frozen.get("tensors"):
         before, after = short(frozen.get("before")), short(frozen.get("after"))
