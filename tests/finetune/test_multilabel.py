@@ -15,11 +15,12 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
 from torch import nn
 
+from tests.support import make_images
 from tests.support_processes import run_ranks
 from tldist import api
 from tldist.domain import open_domain
 from tldist.domain.recipe import DataRecipe
-from tldist.errors import DomainError, RecipeError
+from tldist.errors import BundleError, DomainError, RecipeError
 from tldist.models.load import load_bundle
 from tldist.runtime.package import Package
 from tldist.runtime.predict import predict
@@ -204,3 +205,29 @@ def test_also__with_mixup_a_cached_probe_and_a_sweep(data: Path, tmp_path: Path)
 def test_refused__what_needs_one_class_an_image(data: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="class_weights=balanced weighs images of one class each"):
         finetune(data, tmp_path / "r", {"class_weights": "balanced"})
+
+
+def test_fuse__keeps_the_task_and_refuses_to_mix(run_folder: Path, data: Path, tmp_path: Path) -> None:
+    api.fuse(
+        bundles=[run_folder, run_folder],
+        method="average",
+        out=tmp_path / "f",
+        data=str(data),
+        trust_code=True,
+    )
+    found = summary(tmp_path / "f")["after"]["mean_average_precision"]
+    assert found == pytest.approx(summary(run_folder)["validation"]["mean_average_precision"])
+    assert load_bundle(tmp_path / "f", trust_code=True)[1].task == "multilabel"
+
+    make_images(tmp_path / "one", {"blue": 6, "green": 6, "red": 6})
+    finetune(tmp_path / "one", tmp_path / "single", {"epochs": 1})
+    with pytest.raises(BundleError, match="They cannot be merged"):
+        api.fuse(
+            bundles=[run_folder, tmp_path / "single"], method="average", out=tmp_path / "g", trust_code=True
+        )
+    with pytest.raises(DomainError, match="its images have one class each, and the model answers with any"):
+        api.evaluate(model=run_folder / "bundle", data=str(tmp_path / "one"), workers=0, trust_code=True)
+    with pytest.raises(
+        DomainError, match="its images have several classes each, and the model answers with one"
+    ):
+        api.evaluate(model=tmp_path / "single", data=str(data), workers=0, trust_code=True)

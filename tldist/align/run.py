@@ -104,7 +104,7 @@ def _measure(job: Job, model: nn.Module, classes: tuple[str, ...], when: str) ->
     """Accuracy on the target, to report; None where it cannot be had, and why is said."""
     if not job.domains.test.has_labels:
         return None  # the plan has said so
-    reason = why_not_measurable(job.domains.test, classes)
+    reason = why_not_measurable(job.domains.test, classes, "multiclass")
     if reason:
         warn(f"the accuracy {when} is not measured on {job.domains.test.name}: {reason}")
         return None

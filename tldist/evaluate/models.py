@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tldist.bundle import BundleConfig, find_bundle
+from tldist.bundle import BundleConfig, Task, find_bundle
 from tldist.distributed import Team
 from tldist.errors import BundleError, PackageError
 from tldist.models.description import architecture_name
@@ -28,6 +28,7 @@ class Classifier:
         kind: what it is, for people.
         identity: hash of what it computes.
         classes: names of the logits.
+        task: one class an image, or any number of them.
         preprocessing: how images become its input.
         predict: uint8 images (N, H, W, 3) to logits (N, K).
     """
@@ -35,6 +36,7 @@ class Classifier:
     kind: str
     identity: str
     classes: Sequence[str]
+    task: Task
     preprocessing: Preprocessing
     predict: Predict
 
@@ -59,6 +61,7 @@ def _bundle(path: Path, team: Team, trust_code: bool) -> Classifier:
         f"bundle of {name}, PyTorch on {team.device.type}",
         config.identity,
         config.classes,
+        config.task,
         config.preprocessing,
         predictor(model.to(team.device), config.preprocessing),
     )
@@ -86,6 +89,7 @@ def _package(path: Path, team: Team) -> Classifier:
         f"package of profile {profile}, ONNX Runtime",
         package.config.identity,
         package.config.classes,
+        package.config.task,
         package.config.preprocessing,
         predict,
     )

@@ -15,7 +15,13 @@ from tldist.evaluate.recipe import EvaluateRecipe
 from tldist.progress import show_plan
 from tldist.runs import Outcome, RunFolder, open_run, recorded
 from tldist.training.ledger import LEDGER
-from tldist.training.measure import Measurement, MultilabelMeasurement, OneClassMeasurement, measure
+from tldist.training.measure import (
+    Measurement,
+    MultilabelMeasurement,
+    OneClassMeasurement,
+    measure,
+    why_not_measurable,
+)
 
 _MOST_ROWS = 40
 """Classes listed one by one; of more, the worst."""
@@ -35,6 +41,9 @@ def run(recipe: EvaluateRecipe) -> Outcome:
             f"{domain.name}: has no labels to measure against. Expected one folder of images a class, or a "
             f"label column."
         )
+    if domain.is_multilabel != (classifier.task == "multilabel"):
+        reason = why_not_measurable(domain, classifier.classes, classifier.task)
+        raise DomainError(f"{domain.name} cannot measure this model: {reason}.")
     inputs = {"model": classifier.identity, "data": domain.fingerprint}
     team.agree(recipe, inputs)
     folder = _open_folder(recipe, team, inputs)

@@ -59,6 +59,11 @@ def check_fit(parents: Sequence[Parent]) -> None:
                 f"{other.label} and {first.label} are not of one architecture ({detail}). "
                 f"Weights can only be merged within one."
             )
+        if other.config.task != first.config.task:
+            raise BundleError(
+                f"{other.label} is {other.config.task} and {first.label} is {first.config.task}: one answers "
+                f"with one class an image, the other with any number. They cannot be merged."
+            )
         mine, theirs = first.config.preprocessing, other.config.preprocessing
         if (mine.mean, mine.std) != (theirs.mean, theirs.std):
             raise BundleError(

@@ -139,7 +139,7 @@ def _prepare(
     weights = recipe.weights or (1.0,) * len(parents)
     settings = Settings(tuple(weight / sum(weights) for weight in weights), recipe.alpha)
     test = data.evaluation_split() if data else None
-    reason = why_not_measurable(test, parents[0].config.classes) if test else None
+    reason = why_not_measurable(test, parents[0].config.classes, parents[0].config.task) if test else None
     if test and reason:
         warn(f"nothing is measured on {test.name}: {reason}")
         test = None
@@ -250,7 +250,9 @@ def _finish(
     """Write bundle and summary."""
     metrics = {"target_accuracy": after.accuracy, "target_loss": after.loss} if after else {}
     how = job.config.preprocessing
-    config = BundleConfig(job.config.model, job.config.classes, how, _lineage(job, batches), metrics)
+    config = BundleConfig(
+        job.config.model, job.config.classes, how, _lineage(job, batches), metrics, task=job.config.task
+    )
 
     def write() -> None:
         saved = save_bundle(job.folder.path / BUNDLE, model, config)

@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import (
     multilabel_f1_score,
 )
 
+from tldist.bundle import Task
 from tldist.data.loader import Batch, load_batches
 from tldist.data.order import blocks_of
 from tldist.distributed import Team
@@ -114,10 +115,16 @@ class MultilabelMeasurement(Measurement):
         return {**super().to_dict(), **more}
 
 
-def why_not_measurable(domain: Domain, classes: Sequence[str]) -> str | None:
-    """Why a model with these classes cannot be measured on a domain; None: it can."""
+def why_not_measurable(domain: Domain, classes: Sequence[str], task: Task) -> str | None:
+    """Why a model with these classes and this task cannot be measured on a domain; None: it can."""
     if not domain.has_labels:
         return "it has no labels"
+    if domain.is_multilabel and task == "multiclass":
+        return "its images have several classes each, and the model answers with one"
+    if task == "multilabel" and not domain.is_multilabel:
+        return (
+            "its images have one class each, and the model answers with any number (a list a row is needed)"
+        )
     unknown = set(domain.used_classes) - set(classes)
     if unknown:
         return f"the model does not know its class '{min(unknown)}'"
