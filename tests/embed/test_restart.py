@@ -22,13 +22,13 @@ from tests.support import REPOSITORY, make_images, run_tldist
 from tldist import api
 from tldist.embed.claims import Claims, take_units
 
-UNITS = 120
+UNITS = 240
 
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 images: 120 units of 5."""
-    return make_images(tmp_path_factory.mktemp("many"), {"a": 300, "b": 300})
+    """1,200 images: 240 units of 5."""
+    return make_images(tmp_path_factory.mktemp("many"), {"a": 600, "b": 600})
 
 
 def start(*settings: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -179,7 +179,7 @@ def test_processes__two_share_the_work(
     pair = [start(*settings, env={"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)]
     outputs = [process.communicate(timeout=120)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
-    assert "600 vectors" in outputs[0]
+    assert "1,200 vectors" in outputs[0]
     assert outputs[1] == ""
     assert_same_vectors(out, undisturbed_package)
 
@@ -211,7 +211,7 @@ def test_processes__two_by_accelerate_launch(
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("600 vectors") == 1
+    assert result.stdout.count("1,200 vectors") == 1
     assert "processes  2" in result.stdout
     assert_same_vectors(out, undisturbed)
 
@@ -316,7 +316,7 @@ def test_verify__passes_as_typed(copy: Path) -> None:
     for arguments in ((f"out={copy}", "verify=true"), (copy, "verify=true")):
         result = run_tldist("embed", *arguments, "--json")
         assert result.returncode == 0, result.stderr
-        assert json.loads(result.stdout.splitlines()[-1])["rows"] == 600
+        assert json.loads(result.stdout.splitlines()[-1])["rows"] == 1200
 
 
 def test_verify__finds_one_flipped_bit_anywhere(copy: Path) -> None:
@@ -343,7 +343,7 @@ def test_verify__names_every_difference(copy: Path, package: Path, many: Path) -
     outcome = api.embed(out=copy, verify=True)
     text = "\n".join(outcome.values["problems"])
     assert not outcome.passed
-    for expected in ("2 of 120 units missing", "part-00009.parquet: missing", "extra.parquet", "4 rows"):
+    for expected in ("2 of 240 units missing", "part-00009.parquet: missing", "extra.parquet", "4 rows"):
         assert expected in text
     (copy / "extra.parquet").unlink()
     for unit in (9, 20):

@@ -89,4 +89,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
     plain, kept = (int(run_python(script, how).stdout.split()[-1]) for how in ("plain", "kept"))
     assert plain > 150_000  # 80 MB in pages of 4 KiB, ten times
-    assert kept < plain / 10
+    assert kept < plain / 4  # the heap may have to grow once
