@@ -29,6 +29,7 @@ class _Recording(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         trace = os.environ.get("TLDIST_TEST_TRACE")
         if self.training and trace:
+            time.sleep(float(os.environ.get("TLDIST_TEST_STEP_SECONDS", "0")))
             grey = (images[:, 2, 0, 0] * 0.225 + 0.406) * 255
             with Path(trace).open("a", encoding="utf-8") as file:
                 file.write(" ".join(str(round(value)) for value in grey.tolist()) + "\n")

@@ -80,7 +80,10 @@ def test_two_one_two_processes__each_killed__every_sample_once_and_the_same_weig
     for attempt, ranks in enumerate((2, 1, 2)):
         trace = tmp_path / f"trace-{attempt}-{{rank}}"
         before = steps_saved(rough)
-        processes = start_ranks(command(data, rough, "tracing_cnn"), ranks, TLDIST_TEST_TRACE=str(trace))
+        processes = start_ranks(
+            command(data, rough, "tracing_cnn"), ranks,
+            TLDIST_TEST_TRACE=str(trace), TLDIST_TEST_STEP_SECONDS="0.03",
+        )  # fmt: skip
         if attempt < 2:
             wait_for(lambda goal=before + 4 * EVERY: steps_saved(rough) >= goal, processes)  # type: ignore[misc]
             kill(processes)
