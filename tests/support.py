@@ -47,6 +47,13 @@ def make_images(
     return folder
 
 
+def make_splits(folder: Path, train: dict[str, int], val: dict[str, int]) -> Path:
+    """Write `make_images` of two splits, with other pictures in each, into ``folder/{train,val}``."""
+    make_images(folder / "train", train)
+    make_images(folder / "val", val, seed=1)
+    return folder
+
+
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run code in a new process."""
     return subprocess.run(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import make_images
+from tests.support import make_splits
 from tests.support_processes import RanksFailed, run_ranks
 
 SETTINGS = {
@@ -27,10 +27,10 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "d"
-    make_images(folder / "train", {"cat": 11, "dog": 9, "emu": 7})  # 27 of 8: an uneven last step
-    make_images(folder / "val", {"cat": 4, "dog": 4, "emu": 5}, seed=1)
-    return folder
+    # 27 of 8: an uneven last step
+    return make_splits(
+        tmp_path_factory.mktemp("data") / "d", {"cat": 11, "dog": 9, "emu": 7}, {"cat": 4, "dog": 4, "emu": 5}
+    )
 
 
 def finetune(data: Path, out: Path, shards: bool, settings: dict[str, object]) -> str:

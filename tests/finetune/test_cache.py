@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import make_images
+from tests.support import make_splits
 from tests.support_processes import run_ranks
 from tldist import api
 
@@ -27,10 +27,9 @@ STILL = {"crop": None, "flip": False}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "d"
-    make_images(folder / "train", {"cat": 10, "dog": 9, "emu": 8})
-    make_images(folder / "val", {"cat": 3, "dog": 3, "emu": 3}, seed=1)
-    return folder
+    return make_splits(
+        tmp_path_factory.mktemp("data") / "d", {"cat": 10, "dog": 9, "emu": 8}, {"cat": 3, "dog": 3, "emu": 3}
+    )
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.support import make_images
+from tests.support import make_splits
 from tests.support_models import make_bundle
 from tests.support_processes import run_ranks
 from tldist import api
@@ -26,10 +26,11 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "d"
-    make_images(folder / "train", {"cat": 12, "dog": 10, "emu": 8})
-    make_images(folder / "val", {"cat": 5, "dog": 5, "emu": 5}, seed=1)
-    return folder
+    return make_splits(
+        tmp_path_factory.mktemp("data") / "d",
+        {"cat": 12, "dog": 10, "emu": 8},
+        {"cat": 5, "dog": 5, "emu": 5},
+    )
 
 
 def summary(out: Path) -> dict:  # type: ignore[type-arg]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support import make_images
+from tests.support import make_images, make_splits
 from tests.support_processes import run_ranks
 from tldist import api
 from tldist.data.order import seed_of
@@ -34,10 +34,9 @@ BASE = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "d"
-    make_images(folder / "train", {"cat": 10, "dog": 8, "emu": 6})
-    make_images(folder / "val", {"cat": 4, "dog": 4, "emu": 4}, seed=1)
-    return folder
+    return make_splits(
+        tmp_path_factory.mktemp("data") / "d", {"cat": 10, "dog": 8, "emu": 6}, {"cat": 4, "dog": 4, "emu": 4}
+    )
 
 
 def finetune(data: Path, out: Path, **settings: object) -> dict[str, torch.Tensor]:

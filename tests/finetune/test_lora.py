@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.support import make_images
+from tests.support import make_splits
 from tldist import api
 from tldist.data.order import seed_of
 from tldist.errors import ModelError, RecipeError
@@ -31,10 +31,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "d"
-    make_images(folder / "train", {"cat": 10, "dog": 8, "emu": 6})
-    make_images(folder / "val", {"cat": 4, "dog": 4, "emu": 4}, seed=1)
-    return folder
+    return make_splits(
+        tmp_path_factory.mktemp("data") / "d", {"cat": 10, "dog": 8, "emu": 6}, {"cat": 4, "dog": 4, "emu": 4}
+    )
 
 
 def tuned(data: Path, out: Path, **settings: object) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 
-from tests.support import make_images
+from tests.support import make_images, make_splits
 from tldist import api
 from tldist.errors import RecipeError
 
@@ -19,10 +19,11 @@ RATES, DECAYS = (0.3, 0.003), (0.0, 0.1)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "d"
-    make_images(folder / "train", {"cat": 12, "dog": 10, "emu": 8})
-    make_images(folder / "val", {"cat": 5, "dog": 5, "emu": 5}, seed=1)
-    return folder
+    return make_splits(
+        tmp_path_factory.mktemp("data") / "d",
+        {"cat": 12, "dog": 10, "emu": 8},
+        {"cat": 5, "dog": 5, "emu": 5},
+    )
 
 
 def probe(data: Path, out: Path, model: str = "resnet18", **settings: object) -> dict:  # type: ignore[type-arg]

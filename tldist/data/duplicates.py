@@ -55,9 +55,10 @@ class _Print:
 def find_duplicates(splits: Mapping[str, Domain], team: Team, workers: int) -> list[Duplicate]:
     """Images that occur in more than one split, as the same file or looking the same.
 
-    Compared are the files' SHA-256, then the perceptual hash of 64 bits (`imagehash.phash`: the signs of the
-    low frequencies of a 32 x 32 grey picture), then the thumbnails. It finds what was compressed or resized
-    again, not what was cropped, turned or recoloured. Broken images are left out.
+    Compared are perceptual hashes of 64 bits (`imagehash.phash`: the signs of the low frequencies of a
+    32 x 32 grey picture), then thumbnails; equal files have both alike, and are told by their SHA-256. It
+    finds what was compressed or resized again, not what was cropped, turned or recoloured. Broken images are
+    left out.
 
     Args:
         splits: the domains by the names of their splits.
@@ -101,19 +102,17 @@ def _print(domain: Domain, split: str, index: int) -> _Print | None:
     except BadImage:
         return None
     small = picture.resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
-    bits = imagehash.phash(picture, hash_size=8).hash.flatten()
-    perceptual = int("".join("1" if bit else "0" for bit in bits), 2)
+    perceptual = int(str(imagehash.phash(picture, hash_size=8)), 16)
     return _Print(split, index, hashlib.sha256(data).digest(), perceptual, np.asarray(small))
 
 
 def _pairs(prints: list[_Print]) -> Iterator[tuple[_Print, _Print]]:
     """Pairs of different splits that are the same, in order."""
-    buckets: defaultdict[tuple[int, bytes | int], defaultdict[str, list[int]]] = defaultdict(
+    buckets: defaultdict[tuple[int, int], defaultdict[str, list[int]]] = defaultdict(
         lambda: defaultdict(list)
     )
     width = 64 // _BANDS
     for place, one in enumerate(prints):
-        buckets[-1, one.content][one.split].append(place)
         for band in range(_BANDS):
             bits = one.perceptual >> (band * width) & (1 << width) - 1
             buckets[band, bits][one.split].append(place)

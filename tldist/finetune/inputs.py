@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tldist.bundle import Task
 from tldist.data.order import seed_of
 from tldist.domain import Domain
 from tldist.errors import RecipeError
@@ -62,10 +63,8 @@ def load_inputs(recipe: FinetuneRecipe) -> Inputs:
         new_head=recipe.head == "new",
         trust_code=recipe.trust_code,
     )
-    if domains.train.is_multilabel:
-        if recipe.class_weights != "none":
-            raise RecipeError("class_weights=balanced weighs images of one class each; these have several.")
-        start = replace(start, config=replace(start.config, task="multilabel"))
-    else:
-        start = replace(start, config=replace(start.config, task="multiclass"))
+    if domains.train.is_multilabel and recipe.class_weights != "none":
+        raise RecipeError("class_weights=balanced weighs images of one class each; these have several.")
+    task: Task = "multilabel" if domains.train.is_multilabel else "multiclass"
+    start = replace(start, config=replace(start.config, task=task))
     return Inputs(domains.train, domains.validation, domains.test, domains.classes, start)

@@ -32,14 +32,14 @@ class Job:
     Attributes:
         recipe, team, folder, inputs: what it was prepared from.
         phases: what learns when.
-    learning: the blocks that learn in each phase.
+        learning: the blocks that learn in each phase.
         blocks: of the model, the head last.
         numerics: how it computes.
         workers: decoding processes of each process.
         cores, threads: that this process has; that it trains on while images are decoded beside it.
         frozen_names: parameters and buffers that no phase may change.
         frozen_before: their hash.
-    adapters: LoRA, until they are merged.
+        adapters: LoRA, until they are merged.
         pull, average: L2-SP and the moving average of the weights, over all phases.
         state: where the training stands.
         resumed: the checkpoint that it goes on from, until its optimiser's state is taken over.

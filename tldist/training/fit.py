@@ -140,7 +140,7 @@ def fit(state: Fit, learner: Learner, batches: Iterable[Batch], stop: StopFlag) 
         Diverged: the loss is not a finite number.
     """
     try:
-        if state.position.step and not state.is_measured:
+        if not state.is_measured:
             if not _validate(state):
                 raise Preempted(
                     f"told to stop while measuring {state.folder.path}; the same command goes on."
