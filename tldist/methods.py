@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from tldist.errors import RecipeError, close_matches
 
 M = TypeVar("M")
 
 
-def find_method(name: str, known: Mapping[str, M], wrap: type[M] | None = None) -> M:
+def find_method(name: str, known: Mapping[str, M], wrap: Callable[[Any], M] | None = None) -> M:
     """The method of a name.
 
     Args:
@@ -33,5 +33,5 @@ def find_method(name: str, known: Mapping[str, M], wrap: type[M] | None = None) 
         raise RecipeError(f"method={name}: cannot be imported: {error}.") from error
     if not callable(found):
         raise RecipeError(f"method={name}: is a {type(found).__name__}, expected a function.")
-    method: M = found if wrap is None else wrap(found)  # type: ignore[call-arg]
+    method: M = found if wrap is None else wrap(found)
     return method

@@ -51,7 +51,9 @@ class _Silent:
 
 
 @contextmanager
-def progress_bar(total: int, unit: str, label: str, done: int = 0, keep: bool = True) -> Iterator[Bar]:
+def progress_bar(
+    total: int, unit: str, label: str, done: int = 0, keep: bool = True, scale: bool = False
+) -> Iterator[Bar]:
     """A bar with rate and time left on the main process, silence on the others.
 
     Args:
@@ -59,6 +61,7 @@ def progress_bar(total: int, unit: str, label: str, done: int = 0, keep: bool = 
         label: what is being done.
         done: how much of it was done before.
         keep: leave the finished bar on the screen.
+        scale: show thousands as k, M and G.
     """
     if not is_main():
         yield _Silent()
@@ -66,5 +69,7 @@ def progress_bar(total: int, unit: str, label: str, done: int = 0, keep: bool = 
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else 10.0  # a log file wants a line now and then, not a film
-    with tqdm(total=total, initial=done, unit=unit, desc=label, mininterval=interval, leave=keep) as bar:
+    with tqdm(
+        total=total, initial=done, unit=unit, unit_scale=scale, desc=label, mininterval=interval, leave=keep
+    ) as bar:
         yield bar

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tldist.data.loader import load_batches
+from tldist.data.loader import Batch, load_batches
 from tldist.data.order import epoch_order
 from tldist.distributed import Team
 from tldist.domain import Domain
@@ -51,6 +51,7 @@ def reestimate(
     batch_size: int,
     seed: int = 0,
     workers: int = 0,
+    load: Callable[[Sequence[np.ndarray]], Iterable[Batch]] | None = None,
     most_batches: int | None = None,
     agreed: Collection[str] = (),
 ) -> int:
@@ -69,6 +70,7 @@ def reestimate(
         ledger: takes the broken images.
         batch_size, seed: of `even_batches`.
         workers: decoding processes.
+        load: gives the batches of positions (decoded before); None: the images are decoded.
         most_batches: use the first so many.
         agreed: paths of layers that keep what they have.
 
@@ -88,7 +90,8 @@ def reestimate(
         _measuring(layers),
         progress_bar(sum(map(len, plans)), "img", "re-estimate BatchNorm", keep=False) as bar,
     ):
-        for batch in load_batches(domain, plans[team.rank :: team.size], how, workers=workers):
+        mine = plans[team.rank :: team.size]
+        for batch in load(mine) if load else load_batches(domain, mine, how, workers=workers):
             ledger.add(batch.broken)
             bar.update(len(batch.indices) * team.size)
             images = batch.images[batch.valid]

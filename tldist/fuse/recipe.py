@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,43 +11,120 @@ from tldist.domain.recipe import DataRecipe
 from tldist.recipe import Free, Recipe
 
 
+class SearchRecipe(Recipe):
+    """What ``method=search`` tries."""
+
+    methods: tuple[str, ...] | None = None
+    """Only these methods; none: all that the bundles, base= and data= allow and that need no training."""
+    points: int = Field(default=5, ge=2)
+    """Values of each coefficient (alpha, scale, density) that are tried, evenly spread."""
+    keep: int = Field(default=3, ge=1)
+    """How many of the ranked results go through BatchNorm re-estimation on all of data= and are measured
+    again; the others are compared with a few batches."""
+
+
+class AdaMergingRecipe(Recipe):
+    """How ``method=adamerging`` learns its coefficients on unlabelled target images."""
+
+    steps: int = Field(default=500, ge=1)
+    """Steps of Adam."""
+    lr: float = Field(default=1e-3, gt=0)
+    """Its learning rate."""
+    layerwise: bool = True
+    """A coefficient for each tensor of each model; false: one for each model."""
+
+
 class FuseRecipe(Recipe):
-    """Merge several bundles of one architecture into one."""
+    """Make one model of several: in weight space, of their features, of their outputs, or by distillation."""
 
     inputs: ClassVar[tuple[str, ...]] = ("bundles*",)
 
     bundles: Free[tuple[Path, ...]] = Field(min_length=1)
-    """The models to merge: bundles, or runs that hold one."""
+    """The models to fuse: bundles, or runs that hold one; with raw=true any safetensors file or folder."""
     method: str
-    """average (model soup), wise_ft (between base= and the fine-tuned ones), or package.module:function."""
+    """In weight space average (model soup), greedy_soup, wise_ft, slerp, multi_slerp, task_arithmetic, ties,
+    dare_linear, dare_ties, breadcrumbs, model_stock, fisher, regmean, adamerging, rebasin; of any
+    architectures ensemble, concat, distill; search tries them; or package.module:function."""
     out: Free[Path]
-    """The run folder: RUN/bundle is the result."""
+    """The run folder: RUN/bundle is the result (raw=true: RUN/weights)."""
     base: Free[Path | None] = None
-    """The model that the others were fine-tuned from; wise_ft needs it."""
+    """The model that the others were fine-tuned from: the origin of task vectors."""
     data: DataRecipe | None = None
-    """The target domain: its train split re-estimates BatchNorm statistics (labels are not read); where it
-    has labels, every parent and the result are measured on its test or val split."""
+    """The target domain. Its train split gives the statistics that a method asks for (labels are not read,
+    but for heads=rebuild, concat and stacking); where it has labels, every parent and the result are measured
+    on its test or val split. With both, choices are made on val and the result is measured on test."""
+    sources: tuple[str, ...] | None = None
+    """The domains that the bundles were trained on, one each, in their order: fisher and regmean take each
+    model's statistics there, search measures there too. None: fisher and regmean use data=."""
     weights: tuple[float, ...] | None = None
-    """One number a bundle, not negative; divided by their sum. None: all equal."""
+    """One number a bundle, not negative. Averages divide them by their sum; sums of task vectors take them as
+    they are, times scale. None: all 1."""
     alpha: float = Field(default=0.5, ge=0, le=1)
-    """wise_ft: 0 is the base, 1 the (average of the) fine-tuned."""
+    """wise_ft: 0 is the base, 1 the (average of the) fine-tuned; slerp: 0 is the first bundle, 1 the
+    second."""
+    curve: tuple[float, ...] | None = None
+    """wise_ft and slerp: values of alpha to measure on data=; the best on validation takes the place of
+    alpha."""
+    scale: float | None = Field(default=None, ge=0)
+    """Factor of the task vectors (lambda). None: the method's own: 1 for ties, 0.3 for adamerging, else
+    0.4."""
+    density: float | None = Field(default=None, gt=0, le=1)
+    """Share of each task vector's entries that stay. None: the method's own: ties 0.2, dare 0.5, breadcrumbs
+    0.85."""
+    gamma: float | None = Field(default=None, ge=0, lt=1)
+    """breadcrumbs: the share of the largest entries that go too. None: 0.01."""
+    classes: Literal["union", "intersection", "target"] = "union"
+    """Which classes the result answers, where the bundles know different ones: all, those that all know, or
+    those of data=."""
+    heads: Literal["merge", "rebuild", "separate"] = "merge"
+    """merge: rows of equal class names are fused; rebuild: a new head is fitted on labelled data=; separate:
+    each model's classes stand side by side, named model/class."""
+    statistics: Literal["auto", "pooled", "reestimate", "repair"] = "auto"
+    """Of what passes through the fused layers. pooled: of the models' BatchNorm statistics; reestimate: on
+    data=; repair: each layer's are set to the mean of the models' (arXiv:2211.08403), also without BatchNorm;
+    auto: reestimate where there are BatchNorm layers and data=."""
     recalibrate_batches: int | None = Field(default=None, ge=0)
     """At most this many batches re-estimate BatchNorm statistics; none: all there are; 0: not at all."""
+    match: Literal["weights", "activations"] = "weights"
+    """rebasin: whether units are matched by their weights, or by their activations on data=."""
+    samples: int | None = Field(default=1024, ge=1)
+    """fisher, regmean, rebasin by activations, repair: images a model's statistics are taken from; none:
+    all."""
+    reduce: float = Field(default=0.9, ge=0, le=1)
+    """regmean: factor of the inner products off the diagonal."""
+    combine: Literal["logits", "probabilities", "stacking"] = "probabilities"
+    """ensemble: what is averaged; stacking: logits, with weights learned on labelled data=."""
+    projection: int | None = Field(default=None, ge=1)
+    """concat: project the concatenated features to so many numbers; none: not at all."""
+    adamerging: AdaMergingRecipe = AdaMergingRecipe()
+    """How its coefficients are learned."""
+    search: SearchRecipe = SearchRecipe()
+    """What method=search tries."""
+    raw: bool = False
+    """Merge any safetensors files or folders with equal tensor names and shapes, Hugging Face's shards
+    included, without knowing what they are: needs no torch."""
+    shard_gb: float | None = Field(default=None, gt=0)
+    """raw: split the result into files of at most so many GB, with an index; none: one file."""
+    hash: Free[bool] = True
+    """raw: record the SHA-256 of every input, computed beside the merge."""
     batch_size: int = Field(default=64, ge=2)
     """Images in one batch, on one process: BatchNorm statistics are those of whole batches."""
     seed: int = Field(default=0, ge=0)
-    """Of the composition of those batches."""
+    """Of the composition of those batches, of random masks and of samples."""
     workers: Free[int | None] = Field(default=None, ge=0)
     """Decoding processes for each process; none: by the number of cores."""
     trust_code: Free[bool] = False
     """Run code that a bundle names (package.module:function)."""
 
     @model_validator(mode="after")
-    def _check_weights(self) -> Self:
-        if self.weights is None:
-            return self
-        if len(self.weights) != len(self.bundles):
-            raise ValueError(f"weights: {len(self.weights)} numbers for {len(self.bundles)} bundles")
-        if min(self.weights) < 0 or sum(self.weights) <= 0:
+    def _check(self) -> Self:
+        count = len(self.bundles)
+        for name in ("weights", "sources"):
+            given = getattr(self, name)
+            if given is not None and len(given) != count:
+                raise ValueError(f"{name}: {len(given)} for {count} bundles")
+        if self.weights is not None and (min(self.weights) < 0 or sum(self.weights) <= 0):
             raise ValueError("weights: expected numbers that are not negative, and not all of them 0")
+        if self.curve is not None and not all(0 <= alpha <= 1 for alpha in self.curve):
+            raise ValueError("curve: expected numbers from 0 to 1")
         return self

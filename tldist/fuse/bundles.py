@@ -1,0 +1,192 @@
+"""Fuse bundles: read, check, plan, fuse, measure, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from tldist import distributed
+from tldist.bundle import parent_record
+from tldist.data.loader import num_workers
+from tldist.distributed import Team
+from tldist.domain import Domain, open_domain
+from tldist.files import canonical_json, sha256_text
+from tldist.fuse.batchnorm import batchnorm_layers
+from tldist.fuse.in_weights import clear_work, fuse_in_weights, whole_merge
+from tldist.fuse.job import Fused, Job
+from tldist.fuse.labels import plan_classes
+from tldist.fuse.parents import check_fit, check_tasks, read_parents
+from tldist.fuse.recipe import FuseRecipe
+from tldist.fuse.settings import COMPOSITES, check_recipe, make_settings, say_unused, weight_method
+from tldist.fuse.verdict import outcome_of
+from tldist.models.description import architecture_name
+from tldist.models.load import save_bundle
+from tldist.progress import show_plan, warn
+from tldist.runs import BUNDLE, Outcome, RunFolder, open_run, recorded
+from tldist.training.measure import Measurement
+
+FAMILIES: dict[str, Callable[[Job], Fused]] = {}
+"""The methods that are not one merge in weight space."""
+
+
+def fuse_bundles(recipe: FuseRecipe) -> Outcome:
+    """Make one bundle of several; the same call again says that it is done.
+
+    Raises:
+        TldistError: see `tldist.errors`; nothing half-written stays.
+    """
+    method = weight_method(recipe.method)
+    check_recipe(recipe, method)
+    say_unused(recipe, method.uses)
+    team = distributed.start()
+    job = _read(recipe, team)
+    inputs = _identities(job)
+    team.agree(recipe, inputs)
+    folder = team.on_main(lambda: open_run("fuse", recipe.out, recipe, inputs))
+    if folder.finished:
+        return outcome_of(folder, f"{folder.path} is finished already.")
+    with recorded(folder, team.is_main):
+        _show(job)
+        _say_what_is_missing(job)
+        before = job.measure_parents(job.test)
+        fuse = FAMILIES.get(recipe.method, lambda job: fuse_in_weights(job, whole_merge(job)))
+        fused = fuse(job)
+        _compare(fused)
+        _finish(job, fused, before)
+    return outcome_of(folder, "")
+
+
+def _read(recipe: FuseRecipe, team: Team) -> Job:
+    """Models and domains, checked against each other."""
+    method = weight_method(recipe.method)
+    parents = read_parents(recipe.bundles)
+    base = read_parents([recipe.base])[0] if recipe.base and "base" in method.uses else None
+    everyone = [*parents, base] if base else parents
+    check_tasks(everyone)
+    if recipe.method not in COMPOSITES:
+        check_fit(everyone)
+    data = open_domain(recipe.data) if recipe.data else None
+    target = data.used_classes if data is not None and data.has_labels else None
+    return Job(
+        recipe=recipe,
+        team=team,
+        folder=RunFolder(recipe.out, "fuse"),
+        method=method,
+        settings=make_settings(recipe, method),
+        parents=parents,
+        base=base,
+        data=data,
+        sources=[open_domain(path) for path in recipe.sources or ()],
+        labels=plan_classes(
+            [(parent.label, parent.config.classes) for parent in parents],
+            recipe.heads,
+            recipe.classes,
+            target,
+        ),
+        workers=num_workers(recipe.workers, team.local_size),
+    )
+
+
+def _identities(job: Job) -> dict[str, str]:
+    return {
+        "models": sha256_text(canonical_json([parent.config.identity for parent in job.parents])),
+        "base": job.base.config.identity if job.base else "none",
+        "data": job.data.fingerprint if job.data else "none",
+        "sources": sha256_text(canonical_json([source.fingerprint for source in job.sources])),
+    }
+
+
+def _show(job: Job) -> None:
+    names = sorted({architecture_name(parent.config.model) for parent in job.everyone})
+    rows: dict[str, Any] = {
+        "method": job.recipe.method,
+        "models": f"{len(job.everyone)} of {', '.join(names)}",
+    }
+    if job.base:
+        rows["base"] = job.base.label
+    for number, (parent, weight) in enumerate(zip(job.parents, job.settings.weights), 1):
+        source = f", trained on {job.sources[number - 1].name}" if job.sources else ""
+        rows[f"model {number}"] = f"{parent.label}, weight {weight:g}{source}"
+    for place, line in enumerate(job.labels.shown()):
+        rows["classes" if place == 0 else " " * place] = line
+    show_plan(
+        "fuse",
+        {
+            **rows,
+            "data": _counted(job.data),
+            "chosen on": _counted(job.validation) if job.validation is not job.test else "the same",
+            "measured on": _counted(job.test) if job.test else "nothing",
+            "processes": f"{job.team.size} on {job.team.device.type}, {job.workers} decoding workers each",
+            "out": job.recipe.out,
+        },
+    )
+
+
+def _say_what_is_missing(job: Job) -> None:
+    if job.data is not None and job.test is None:
+        warn(f"nothing is measured on {job.data.name}: it has no labels")
+
+
+def _counted(domain: Domain | None) -> str:
+    return f"{domain.name}: {len(domain):,} images" if domain else "none"
+
+
+def _compare(fused: Fused) -> None:
+    """Say it where re-estimation has done harm, as a small sample can; labels do not choose in silence."""
+    merged, after = fused.merged, fused.after
+    if merged and after and fused.batches and after.accuracy < merged.accuracy:
+        warn(
+            f"with re-estimated statistics the accuracy is {after.accuracy:.4f}, with pooled ones it was "
+            f"{merged.accuracy:.4f}. More images may help; recalibrate_batches=0 keeps the pooled ones."
+        )
+
+
+def _finish(job: Job, fused: Fused, before: dict[str, Measurement]) -> None:
+    """Write bundle and summary; called by all processes together."""
+    after = fused.after
+    metrics = {"target_accuracy": after.accuracy, "target_loss": after.loss} if after else {}
+    config = replace(fused.config, lineage=_lineage(job, fused), metrics=metrics)
+
+    def write() -> None:
+        saved = save_bundle(job.folder.path / BUNDLE, fused.model, config)
+        job.folder.write_summary(
+            "done",
+            bundle=BUNDLE,
+            identity=saved.identity,
+            method=job.recipe.method,
+            shares=[[parent.label, share] for parent, share in zip(job.everyone, fused.shares)],
+            classes=job.labels.fates(),
+            before={label: measurement.to_dict() for label, measurement in before.items()},
+            merged=fused.merged.to_dict() if fused.merged else None,
+            after=after.to_dict() if after else None,
+            batchnorm_layers=len(batchnorm_layers(fused.model)),
+            batchnorm_batches=fused.batches,
+            processes=job.team.size,
+            **fused.notes,
+        )
+        clear_work(job.work)
+
+    job.team.on_main(write)
+
+
+def _lineage(job: Job, fused: Fused) -> dict[str, Any]:
+    shares = [*fused.shares, *[None] * (len(job.everyone) - len(fused.shares))]
+    parents = [
+        {**parent_record(parent.folder, parent.config), "share": share}
+        for parent, share in zip(job.everyone, shares)
+    ]
+    used = [name for name in ("alpha", "scale", "density", "gamma", "seed") if name in job.method.uses]
+    return {
+        "stage": "fuse",
+        "parents": parents,
+        "method": job.recipe.method,
+        **{name: getattr(job.settings, name) for name in used},
+        "data": job.data.name if job.data else "none",
+        "data_fingerprint": job.data.fingerprint if job.data else None,
+        "batchnorm": f"re-estimated on {fused.batches} batches"
+        if fused.batches
+        else "pooled from the parents",
+        "notes": fused.notes,
+        "recipe": job.recipe.model_dump(mode="json"),
+    }
