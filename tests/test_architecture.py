@@ -27,6 +27,7 @@ BASE = (
     "tldist.settings_help",
     "tldist.bundle",
     "tldist.progress",
+    "tldist.pictures",
     "tldist.runs",
     "tldist.share",
     "tldist.methods",
@@ -41,6 +42,8 @@ TORCH_FREE_ROOMS = (
     "tldist.report.",
     "tldist.doctor.",
     "tldist.export.",
+    "tldist.fuse.weights.",
+    "tldist.fuse.raw.",
 )
 NEED_TORCH = {
     "tldist.embed.torch_engine": "embeds with a bundle",

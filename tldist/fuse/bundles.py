@@ -18,7 +18,16 @@ from tldist.fuse.job import Fused, Job
 from tldist.fuse.labels import plan_classes
 from tldist.fuse.parents import check_fit, check_tasks, read_parents
 from tldist.fuse.recipe import FuseRecipe
-from tldist.fuse.settings import COMPOSITES, check_recipe, make_settings, say_unused, weight_method
+from tldist.fuse.search import search
+from tldist.fuse.selection import best_of_curve, greedy_soup
+from tldist.fuse.settings import (
+    COMPOSITES,
+    check_recipe,
+    make_settings,
+    say_unused,
+    used_settings,
+    weight_method,
+)
 from tldist.fuse.verdict import outcome_of
 from tldist.models.description import architecture_name
 from tldist.models.load import save_bundle
@@ -26,7 +35,10 @@ from tldist.progress import show_plan, warn
 from tldist.runs import BUNDLE, Outcome, RunFolder, open_run, recorded
 from tldist.training.measure import Measurement
 
-FAMILIES: dict[str, Callable[[Job], Fused]] = {}
+FAMILIES: dict[str, Callable[[Job], Fused]] = {
+    "greedy_soup": greedy_soup,
+    "search": search,
+}
 """The methods that are not one merge in weight space."""
 
 
@@ -38,7 +50,7 @@ def fuse_bundles(recipe: FuseRecipe) -> Outcome:
     """
     method = weight_method(recipe.method)
     check_recipe(recipe, method)
-    say_unused(recipe, method.uses)
+    say_unused(recipe, used_settings(recipe.method, method))
     team = distributed.start()
     job = _read(recipe, team)
     inputs = _identities(job)
@@ -50,18 +62,23 @@ def fuse_bundles(recipe: FuseRecipe) -> Outcome:
         _show(job)
         _say_what_is_missing(job)
         before = job.measure_parents(job.test)
-        fuse = FAMILIES.get(recipe.method, lambda job: fuse_in_weights(job, whole_merge(job)))
-        fused = fuse(job)
+        fused = FAMILIES.get(recipe.method, _merge)(job)
         _compare(fused)
         _finish(job, fused, before)
     return outcome_of(folder, "")
+
+
+def _merge(job: Job) -> Fused:
+    """One merge in weight space, or the best of a curve of them."""
+    return best_of_curve(job) if job.recipe.curve else fuse_in_weights(job, whole_merge(job))
 
 
 def _read(recipe: FuseRecipe, team: Team) -> Job:
     """Models and domains, checked against each other."""
     method = weight_method(recipe.method)
     parents = read_parents(recipe.bundles)
-    base = read_parents([recipe.base])[0] if recipe.base and "base" in method.uses else None
+    with_base = recipe.base is not None and "base" in used_settings(recipe.method, method)
+    base = read_parents([recipe.base])[0] if recipe.base and with_base else None
     everyone = [*parents, base] if base else parents
     check_tasks(everyone)
     if recipe.method not in COMPOSITES:

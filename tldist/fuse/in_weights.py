@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -48,31 +49,93 @@ def whole_merge(job: Job) -> Merge:
     return Merge(job.method, job.settings, tuple(range(len(job.parents))))
 
 
+@dataclass(frozen=True)
+class Built:
+    """A merged model, ready to be measured.
+
+    Attributes:
+        model, config: on the team's device, in evaluation mode; without lineage and metrics.
+        shares: of each of the job's models, the base first.
+        batches: that fitted its statistics; 0: none.
+        notes: what else there is to say, as plain data.
+        merged: what ``look`` gave before the statistics were fitted.
+    """
+
+    model: nn.Module
+    config: BundleConfig
+    shares: tuple[float, ...]
+    batches: int
+    notes: dict[str, Any]
+    merged: Measurement | None
+
+    @property
+    def changed(self) -> bool:
+        """Whether it is another model than ``merged`` was measured on."""
+        return self.batches > 0 or self.merged is None
+
+
 def fuse_in_weights(job: Job, merge: Merge) -> Fused:
-    """Merge, fit the statistics, measure; called by all processes together."""
+    """Merge, fit the statistics, measure on the test images; called by all processes together."""
+
+    def measured(label: str) -> Callable[[nn.Module, BundleConfig], Measurement | None]:
+        return lambda model, config: job.measure(model, config, job.test, label) if job.test else None
+
+    built = build(job, merge, look=measured("merged"))
+    after = measured("result")(built.model, built.config) if built.changed else built.merged
+    return Fused(built.model, built.config, built.shares, built.notes, built.merged, built.batches, after)
+
+
+def build(
+    job: Job,
+    merge: Merge,
+    *,
+    most_batches: int | None = None,
+    look: Callable[[nn.Module, BundleConfig], Measurement | None] = lambda model, config: None,
+) -> Built:
+    """From the files to a model: merged, its statistics fitted, its head rebuilt where that is asked for.
+
+    Args:
+        job, merge: what is merged.
+        most_batches: that fit its statistics; None: as the recipe says.
+        look: measures it before they are fitted.
+
+    Raises:
+        ModelError: a tensor or an output is not finite.
+    """
     model, config, fusion = merged_model(job, merge)
-    return finish_model(job, model, config, fusion.shares)
-
-
-def finish_model(job: Job, model: nn.Module, config: BundleConfig, shares: tuple[float, ...]) -> Fused:
-    """From merged weights to a result: statistics, a new head where it is asked for, checks, measurements."""
     probes = probe_images(config.preprocessing, job.data).to(job.team.device)
     check_finite(model, config.preprocessing, probes)
     rebuilds = job.labels.heads == "rebuild"
-    merged = None if rebuilds else measured(job, model, config, "merged")
-    batches, notes = fit_statistics(job, model, config)
+    merged = None if rebuilds else look(model, config)
+    batches, notes = fit_statistics(job, model, config, most_batches)
     if rebuilds:
         model, config, more = rebuild_head(job, model, config)
         notes = {**notes, **more}
     if batches or rebuilds:
         check_finite(model, config.preprocessing, probes)
-    after = measured(job, model, config, "result") if batches or rebuilds else merged
-    return Fused(model, config, shares, notes, merged, batches, after)
+    return Built(model, config, _shares(job, merge, fusion), batches, notes, merged)
 
 
-def measured(job: Job, model: nn.Module, config: BundleConfig, label: str) -> Measurement | None:
-    """On the test images, where there are some."""
-    return job.measure(model, config, job.test, label) if job.test else None
+def _shares(job: Job, merge: Merge, fusion: Fusion) -> tuple[float, ...]:
+    """Of all of the job's models: nothing for those that take no part."""
+    first = len(job.everyone) - len(job.parents)
+    members = [first + number for number in merge.members]
+    places = [0, *members] if fusion.base else members
+    shares = [0.0] * len(job.everyone)
+    for place, share in zip(places, fusion.shares):
+        shares[place] = share
+    return tuple(shares)
+
+
+def keep_parent(job: Job, number: int) -> Fused:
+    """One of the parents as the result: where no merge is better."""
+    parent = job.parents[number]
+    model, config = job.load(parent)
+    after = job.measure(model, config, job.test, parent.label) if job.test else None
+    kept = replace(config, lineage={}, metrics={}, files={})
+    shares = [0.0] * len(job.everyone)
+    shares[len(job.everyone) - len(job.parents) + number] = 1.0
+    return Fused(model.eval(), kept, tuple(shares), {"kept": parent.label}, after, 0, after)
 
 
 def merged_model(job: Job, merge: Merge) -> tuple[nn.Module, BundleConfig, Fusion]:

@@ -117,6 +117,10 @@ class Job:
     def _kept(self) -> dict[tuple[str, tuple[str, ...], Preprocessing], KeptBatches]:
         return {}
 
+    @cached_property
+    def _scores(self) -> dict[str, dict[str, Measurement]]:
+        return {}
+
     def batches(
         self, domain: Domain, how: Preprocessing, classes: Sequence[str] | None = None
     ) -> KeptBatches:
@@ -150,24 +154,17 @@ class Job:
 
     def measure_parents(self, domain: Domain | None) -> dict[str, Measurement]:
         """Every model on a domain, one at a time in memory; those that cannot be measured are left out."""
-        found: dict[str, Measurement] = {}
-        for parent in self.everyone if domain else []:
-            if domain is None or parent.label in found:
-                continue
-            measured = self.measure(*self.load(parent), domain, parent.label)
-            if measured is not None:
-                found[parent.label] = measured
-        return found
+        if domain is None:
+            return {}
+        if domain.fingerprint not in self._scores:
+            by_label = {parent.label: parent for parent in self.everyone}
+            found = {
+                label: self.measure(*self.load(parent), domain, label) for label, parent in by_label.items()
+            }
+            self._scores[domain.fingerprint] = {label: m for label, m in found.items() if m is not None}
+        return self._scores[domain.fingerprint]
 
     def load(self, parent: Parent) -> tuple[nn.Module, BundleConfig]:
         """A parent's model, on the team's device."""
         model, config = load_bundle(parent.folder, trust_code=self.recipe.trust_code, verify=False)
         return model.to(self.team.device), config
-
-
-def best_label(found: dict[str, Measurement], labels: Sequence[str]) -> str | None:
-    """The best of the measured models; of equals the first. None: none was measured."""
-    measured = [label for label in dict.fromkeys(labels) if label in found]
-    if not measured:
-        return None
-    return max(measured, key=lambda label: (found[label].score, -found[label].loss))

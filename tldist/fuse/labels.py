@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Literal
 
 from tldist.errors import RecipeError
 
@@ -81,7 +81,10 @@ def plan_classes(
     """
     known = [tuple(names) for _, names in models]
     if heads == "separate":
-        known = [tuple(f"{tag}/{name}" for name in names) for tag, names in zip(_tags(models), known)]
+        known = [
+            tuple(f"{tag}/{name}" for name in names)
+            for tag, names in zip(short_names([label for label, _ in models]), known)
+        ]
     union = tuple(dict.fromkeys(name for names in known for name in names))
     if heads == "rebuild" or choice == "target":
         if target is None:
@@ -103,11 +106,11 @@ def plan_classes(
     return ClassPlan(classes, tuple(known), heads, tuple(name for name in union if name not in set(classes)))
 
 
-def _tags(models: Sequence[tuple[str, Any]]) -> list[str]:
-    """A short name for each model, distinct: the shortest distinct ends of the paths."""
-    parts = [[part for part in PurePath(label).parts if part != "bundle"] for label, _ in models]
+def short_names(labels: Sequence[str]) -> list[str]:
+    """A short name for each path, distinct: the shortest distinct ends; numbers where two are the same."""
+    parts = [[part for part in PurePath(label).parts if part != "bundle"] for label in labels]
     for depth in range(1, max(map(len, parts)) + 1):
         tags = ["-".join(path[-depth:]) for path in parts]
         if len(set(tags)) == len(tags):
             return tags
-    return [f"{number}" for number in range(1, len(models) + 1)]
+    return [f"{number}" for number in range(1, len(labels) + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 from tldist.errors import RecipeError
 from tldist.fuse.recipe import FuseRecipe
@@ -14,6 +15,14 @@ SELECTIONS = ("greedy_soup", "search")
 """Methods that choose among merges by measuring them."""
 COMPOSITES = ("ensemble", "concat", "distill")
 """Methods for models of any architectures."""
+_USED = {
+    "greedy_soup": frozenset({"weights"}),
+    "search": frozenset({"base", "weights"}),
+    "ensemble": frozenset({"weights"}),
+    "concat": frozenset[str](),
+    "distill": frozenset({"weights"}),
+}
+"""What the methods take note of that are not one merge in weight space."""
 _SETTINGS = ("base", "weights", "alpha", "scale", "density", "gamma", "curve", "match", "reduce")
 
 
@@ -35,18 +44,22 @@ def is_of_tensors(name: str, method: Method) -> bool:
 def make_settings(recipe: FuseRecipe, method: Method) -> Settings:
     """What the method is told: the recipe's values, and its own defaults where the recipe has none."""
 
-    def value(name: str, otherwise: float) -> float:
-        given = getattr(recipe, name)
-        return float(given) if given is not None else method.defaults.get(name, otherwise)
-
     weights = tuple(recipe.weights or (1.0,) * len(recipe.bundles))
+    own = default_settings(method, weights, recipe.seed)
+    given = {name: getattr(recipe, name) for name in ("scale", "density", "gamma")}
+    chosen = {name: float(value) for name, value in given.items() if value is not None}
+    return replace(own, alpha=recipe.alpha, **chosen)
+
+
+def default_settings(method: Method, weights: tuple[float, ...], seed: int) -> Settings:
+    """What a method is told where nobody says more."""
+    own = method.defaults
     return Settings(
         weights,
-        alpha=recipe.alpha,
-        scale=value("scale", 1.0),
-        density=value("density", 1.0),
-        gamma=value("gamma", 0.0),
-        seed=recipe.seed,
+        scale=own.get("scale", 1.0),
+        density=own.get("density", 1.0),
+        gamma=own.get("gamma", 0.0),
+        seed=seed,
     )
 
 
@@ -65,6 +78,13 @@ def check_recipe(recipe: FuseRecipe, method: Method) -> None:
     if count < least or (most is not None and count > most):
         wanted = f"{least}" if least == most else f"at least {least}"
         raise RecipeError(f"method={recipe.method} fuses {wanted} bundles; {count} were given.")
+
+
+def used_settings(name: str, method: Method) -> frozenset[str]:
+    """The settings that a method takes note of."""
+    if name in _USED:
+        return _USED[name]
+    return method.uses | {"curve"} if "alpha" in method.uses else method.uses
 
 
 def say_unused(recipe: FuseRecipe, used: Collection[str]) -> None:

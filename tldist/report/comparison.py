@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tldist import pictures
 from tldist.errors import RecipeError
 from tldist.files import read_json
-from tldist.report import pictures
 from tldist.report.page import Picture, Section, Table
 from tldist.report.text import is_number, name_of, read_settings, show
 

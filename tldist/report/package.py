@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tldist.report import pictures
+from tldist import pictures
 from tldist.report.page import Picture, Section, Table
 from tldist.report.text import is_number, name_of, read_mapping, show
 from tldist.runtime.package import MODEL, PARITY, PackageConfig, read_package

@@ -17,7 +17,7 @@ TEMPLATE = "page.html"
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that this package drew (`tldist.report.pictures`): the one thing that is not escaped."""
+    """A picture that this package drew (`tldist.pictures`): the one thing that is not escaped."""
 
     svg: str
     caption: str

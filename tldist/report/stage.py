@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tldist.report import pictures
+from tldist import pictures
 from tldist.report.page import Confusion, Picture, Section, Table
 from tldist.report.text import facts, is_number, name_of, read_mapping, read_settings, short, show
 from tldist.runs import SUMMARY, RunFolder

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from tldist import pictures
 from tldist.domain import natural_key
 from tldist.errors import RecipeError, needs
-from tldist.report import pictures
 from tldist.report.page import Picture, Section
 from tldist.report.text import facts, name_of, read_mapping, read_settings
 from tldist.runs import SUMMARY

@@ -99,6 +99,36 @@ def bars(names: Sequence[str], means: Sequence[float], deviations: Sequence[floa
         return _svg(figure)
 
 
+def ranking(names: Sequence[str], series: Mapping[str, Sequence[float | None]], label: str) -> str:
+    """One row a name with a dot for each series: the first at the top, the first series largest.
+
+    Args:
+        names: of the rows.
+        series: values by name, one a row; None: none there.
+        label: of the values' axis.
+    """
+    with _axes(6.8, 0.9 + 0.26 * len(names)) as (figure, axes):
+        places = np.arange(len(names))[::-1]
+        axes.hlines(
+            places, 0, 1, color=OTHERS, linewidth=0.4, alpha=0.5, transform=axes.get_yaxis_transform()
+        )
+        for number, (color, (name, values)) in enumerate(zip(COLORS, series.items())):
+            points = [(value, place) for value, place in zip(values, places) if value is not None]
+            xs, ys = zip(*points) if points else ((), ())
+            axes.scatter(xs, ys, s=30 if number == 0 else 14, color=color, label=name, linewidth=0, zorder=3)
+        axes.set_yticks(places, [shorten(name, 48) for name in names])
+        axes.set_xlabel(label)
+        axes.tick_params(axis="y", length=0)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), handletextpad=0.2)
+        return _svg(figure)
+
+
+def as_file(svg: str) -> str:
+    """An inline picture as a file of its own: on white, with the name spaces that a file needs."""
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return svg.replace("<svg", f'<svg {spaces} style="background:#fff;color:#222;font-family:sans-serif"', 1)
+
+
 def agreement(pairs: np.ndarray, xlabel: str, ylabel: str) -> str:
     """Scatter of (N, 2) pairs that should be equal, with the diagonal."""
     with _axes(3.4, 3.2) as (figure, axes):
