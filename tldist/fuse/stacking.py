@@ -177,7 +177,7 @@ class _Problem:
         logs = self._log_weights()
         negative = -self.prior * logs[torch.isfinite(logs)].sum()
         (slope,) = torch.autograd.grad(negative, self.theta)
-        return loss + float(negative), gradient + slope
+        return loss + float(negative.detach()), gradient + slope
 
     def _mean_loss(self) -> tuple[float, Tensor]:
         """The mean cross-entropy of all images and its gradient in theta: float64 (M, 1) or (M, K)."""
