@@ -21,7 +21,7 @@ from tests.support_processes import run_ranks
 from tldist import api, distributed
 from tldist.bundle import BundleConfig
 from tldist.cli import main
-from tldist.domain import open_domain
+from tldist.domain import Domain, open_domain
 from tldist.errors import BundleError, DomainError, ModelError
 from tldist.fuse.outputs import build_ensemble
 from tldist.fuse.stacking import collect_votes, fit_stacking, stacking_split
@@ -167,18 +167,41 @@ def test_stacking__the_prior_is_so_many_images_for_each_member(tmp_path: Path) -
     np.testing.assert_allclose(found.weights.numpy(), [31 / 44, 13 / 44], atol=1e-6)
 
 
-def test_stacking__multilabel_finds_the_share_in_closed_form(tmp_path: Path) -> None:
+def tagged(folder: Path) -> Domain:
+    """Ten images: eight of sun, four of sea."""
     random = np.random.default_rng(0)
-    tags = [["sun", "sea"]] * 3 + [["sun"]] * 5 + [["sea"]] * 1 + [[]] * 1  # sun 8, sea 4 of 10
+    tags = [["sun", "sea"]] * 3 + [["sun"]] * 5 + [["sea"]] * 1 + [[]] * 1
     images = [{"bytes": encode(class_image(0, random)), "path": None} for _ in tags]
-    pq.write_table(pa.table({"image": images, "label": tags}), tmp_path / "tags.parquet")
-    domain = open_domain(tmp_path / "tags.parquet")
+    pq.write_table(pa.table({"image": images, "label": tags}), folder / "tags.parquet")
+    domain = open_domain(folder / "tags.parquet")
     assert domain.is_multilabel
+    return domain
+
+
+def test_stacking__multilabel_finds_the_share_in_closed_form(tmp_path: Path) -> None:
     # sun: 0.9 or 0.1; sea: the same in both; so only sun tells: w 0.9 + (1 - w) 0.1 = 0.8
     parents = [constant([odds, 1.0], ("sun", "sea"), "multilabel") for odds in (9.0, 1 / 9)]
     ensemble, config = build_ensemble(parents, "stacking")
-    found = fit_stacking(ensemble, config, domain, TEAM, prior=0)
+    found = fit_stacking(ensemble, config, tagged(tmp_path), TEAM, prior=0)
     np.testing.assert_allclose(found.weights.numpy(), [7 / 8, 1 / 8], atol=1e-5)
+
+
+@pytest.mark.parametrize("each", ["member", "class"])
+def test_stacking__multilabel_counts_those_that_know_a_class(tmp_path: Path, each: Any) -> None:
+    parents = [
+        constant([9.0, 1e-3], ("sun", "sea"), "multilabel"),
+        constant([2.0], ("sea",), "multilabel"),
+        constant([0.2], ("sun",), "multilabel"),
+    ]
+    ensemble, config = build_ensemble(parents, "stacking")
+    domain = tagged(tmp_path)
+    found = fit_stacking(ensemble, config, domain, TEAM, each=each)
+    with torch.no_grad():
+        answer = ensemble(torch.zeros(1, 3, 32, 32)).double().expand(len(domain), -1)
+    targets = torch.from_numpy(domain.labels_in(config.classes)).double()
+    loss = float(nn.functional.binary_cross_entropy_with_logits(answer, targets))
+    assert found.loss == pytest.approx(loss, abs=1e-6)
+    assert found.loss < found.uniform_loss
 
 
 PARTIAL = [("one", "two", "three"), ("three", "one"), ("two", "one", "four")]
