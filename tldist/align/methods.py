@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tldist.features.maps import standardizing
 from tldist.features.moments import Moments
-from tldist.models.chain import Affine, Scale, Transform
+from tldist.models.chain import Affine, Transform
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def standardize(source: Moments, target: Moments, ridge: float = 0.01) -> Fit:
     there, something small is added to the variances: ``ridge`` times the domain's mean variance, so that
     dimensions that hardly vary in a small sample are not blown up.
     """
-    return Fit(_standardizing(source, ridge), _standardizing(target, ridge))
+    return Fit(standardizing(source, ridge), standardizing(target, ridge))
 
 
 def coral(source: Moments, target: Moments, ridge: float = 1.0) -> Fit:
@@ -70,17 +71,6 @@ METHODS: dict[str, Method] = {
     "coral": Method(coral, ridge=1.0),
 }
 """The family of homogeneous alignments, by the name that ``method=`` takes."""
-
-
-def _standardizing(moments: Moments, ridge: float) -> Scale:
-    variance = moments.variance.clamp_min(0)
-    deviation = (variance + ridge * variance.mean()).sqrt()
-    # A dimension that is constant up to rounding says nothing: it is centred, not blown up.
-    constant = deviation <= 1e-7 * torch.maximum(moments.mean.abs(), deviation.max())
-    scale = Scale(moments.width).double()
-    scale.weight = torch.where(constant, torch.ones_like(deviation), 1 / deviation)
-    scale.bias = -moments.mean * scale.weight
-    return scale
 
 
 def _affine(weight: Tensor, bias: Tensor) -> Affine:

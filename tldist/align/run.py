@@ -26,6 +26,7 @@ from tldist.features.moments import Moments, gather_moments, merge_moments
 from tldist.methods import find_method
 from tldist.models.chain import Chain
 from tldist.models.description import architecture_name
+from tldist.models.heads import find_head
 from tldist.models.load import load_bundle, save_bundle
 from tldist.progress import say, show_plan, warn
 from tldist.runs import BUNDLE, Outcome, RunFolder, open_run, recorded
@@ -61,6 +62,7 @@ def run(recipe: AlignRecipe) -> Outcome:
     method = find_method(recipe.method, METHODS, Method)
     team = distributed.start()
     model, config = load_bundle(recipe.bundle, trust_code=recipe.trust_code)
+    find_head(model)  # an ensemble has none to refit: it says so now, not after its features
     source, target = open_domain(recipe.source), open_domain(recipe.target)
     inputs = {"model": config.identity, "source": source.fingerprint, "target": target.fingerprint}
     team.agree(recipe, inputs)

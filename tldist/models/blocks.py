@@ -12,8 +12,9 @@ from tldist.models.heads import find_head
 
 _CONTAINERS = {
     "backbone", "features", "encoder", "layers", "blocks", "stages", "trunk_output", "classifier", "heads",
+    "members",
 }  # fmt: skip
-"""Children whose own children are blocks; the names that torchvision, timm and `Chain` use."""
+"""Children whose own children are blocks; the names that torchvision, timm, `Chain` and `Concat` use."""
 
 
 @dataclass

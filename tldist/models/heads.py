@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,52 @@ from tldist.errors import ModelError
 Head = nn.Linear | nn.Conv2d
 
 
+class Several(nn.Module):
+    """A model of several models, each with a head; it has none of its own."""
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The models."""
+        raise NotImplementedError
+
+    @property
+    def num_outputs(self) -> int:
+        """Number of outputs of the whole."""
+        raise NotImplementedError
+
+
 def find_head(model: nn.Module) -> tuple[str, Head]:
     """The path and the module of the last linear or convolution layer.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or the model is several, each with its own.
     """
+    if isinstance(model, Several):
+        raise no_single_head()
     found = [(path, module) for path, module in model.named_modules() if isinstance(module, Head)]
     if not found:
         raise ModelError(f"{type(model).__name__} has no linear or convolution layer to serve as its head.")
     return found[-1]
+
+
+def no_single_head() -> ModelError:
+    """What to say where a head is asked of an ensemble."""
+    return ModelError(
+        "an ensemble has no head of its own to train, fit or merge: its members have. Distil it into one "
+        "model (tldist fuse method=distill), or do this to its members and make the ensemble again."
+    )
+
+
+def single_models(model: nn.Module) -> list[nn.Module]:
+    """The models with a head each that a model consists of: itself, or all in an ensemble."""
+    if isinstance(model, Several):
+        return [single for part in model.parts for single in single_models(part)]
+    return [model]
+
+
+def num_logits(model: nn.Module) -> int:
+    """Number of outputs of a classifier."""
+    return model.num_outputs if isinstance(model, Several) else head_outputs(find_head(model)[1])
 
 
 def head_width(head: Head) -> int:
@@ -50,9 +86,18 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 def tapped(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
     """While inside, what the head reads in a forward pass can be had as (N, D) features.
 
+    The features of an ensemble are those of its members side by side.
+
     Yields:
         A function that gives the features of the last forward pass.
     """
+    with ExitStack() as stack:
+        taps = [stack.enter_context(_tapped(single)) for single in single_models(model)]
+        yield lambda: taps[0]() if len(taps) == 1 else torch.cat([tap() for tap in taps], 1)
+
+
+@contextmanager
+def _tapped(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
     seen: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

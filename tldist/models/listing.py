@@ -14,7 +14,7 @@ from tldist.domain import natural_key
 from tldist.errors import RecipeError, close_matches
 from tldist.models.blocks import Block, cut_blocks
 from tldist.models.description import architecture_name, build_model
-from tldist.models.heads import find_head, head_outputs, head_width
+from tldist.models.heads import Several, find_head, head_width, num_logits, single_models
 from tldist.models.load import names_folder
 from tldist.models.recipe import LayersRecipe, ModelsRecipe
 from tldist.models.zoo import build_network, describe_network, list_architectures
@@ -62,27 +62,40 @@ def list_layers(recipe: LayersRecipe) -> Outcome:
         BundleError: a folder that is not a bundle.
     """
     name, model = _build(recipe)
-    blocks, (head_path, head) = cut_blocks(model), find_head(model)
-    layers = {block.name: _layers_of(block, model) for block in blocks}
-    rows: list[dict[str, Any]] = [
-        {
-            "name": block.name,
-            "train": "head" if block is blocks[-1] else f"last:{len(blocks) - 1 - place}",
-            "parameters": _count(block, model),
-            "layers": layers[block.name],
-        }
-        for place, block in enumerate(blocks)
-    ]
-    total = sum(row["parameters"] for row in rows)
+    singles = single_models(model)
+    rows = [row for single in singles for row in _rows(single, _path_in(model, single))]
+    several = isinstance(model, Several)
+    if several:  # as a whole it does not learn
+        rows = [{**row, "train": ""} for row in rows]
     values = {
         "model": name,
-        "parameters": total,
-        "features": head_width(head),
-        "outputs": head_outputs(head),
-        "head": head_path,
+        "parameters": sum(row["parameters"] for row in rows),
+        "features": sum(head_width(find_head(single)[1]) for single in singles),
+        "outputs": num_logits(model),
+        "head": None if several else find_head(model)[0],
         "blocks": rows,
     }
     return Outcome("layers", values=values, text=_words(values))
+
+
+def _path_in(model: nn.Module, part: nn.Module) -> str:
+    """What stands before the names of a part: empty for the whole, else its path and a dot."""
+    path = next(path for path, module in model.named_modules() if module is part)
+    return f"{path}." if path else ""
+
+
+def _rows(model: nn.Module, prefix: str) -> list[dict[str, Any]]:
+    """The blocks of a model with one head."""
+    blocks = cut_blocks(model)
+    return [
+        {
+            "name": f"{prefix}{block.name}",
+            "train": "head" if block is blocks[-1] else f"last:{len(blocks) - 1 - place}",
+            "parameters": _count(block, model),
+            "layers": [{**layer, "name": prefix + layer["name"]} for layer in _layers_of(block, model)],
+        }
+        for place, block in enumerate(blocks)
+    ]
 
 
 def _build(recipe: LayersRecipe) -> tuple[str, nn.Module]:
@@ -113,7 +126,9 @@ def _words(values: dict[str, Any]) -> str:
     lines = [
         f"{values['model']}: {values['parameters']:,} parameters, features of width {values['features']:,}, "
         f"{values['outputs']:,} outputs",
-        "blocks in order; train=last:N trains block last:N and all below it, train=head the head alone",
+        "blocks in order; train=last:N trains block last:N and all below it, train=head the head alone"
+        if values["head"]
+        else "the blocks of the members in order; an ensemble is not fine-tuned as a whole, its members are",
     ]
     for row in values["blocks"]:
         lines.append(f"\n{row['train']:8}  {row['name']}  ({row['parameters']:,} parameters)")

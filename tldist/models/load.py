@@ -17,8 +17,8 @@ from tldist.bundle import WEIGHTS, BundleConfig, is_bundle, parent_record, read_
 from tldist.distributed import whole
 from tldist.errors import BundleError, ModelError
 from tldist.models import timm_zoo
-from tldist.models.description import build_model, num_outputs, with_outputs
-from tldist.models.heads import copy_rows_by_name, find_head, head_outputs
+from tldist.models.description import build_model, check_described, num_outputs, with_image_size, with_outputs
+from tldist.models.heads import copy_rows_by_name, find_head, num_logits
 from tldist.models.weights import Weights, find_weights, load_into, read_tensors
 from tldist.models.zoo import build_network, describe_network
 from tldist.runtime.preprocess import Preprocessing
@@ -39,6 +39,7 @@ def load_bundle(
     """
     folder, config = read_bundle(path, verify=verify)
     model = build_model(config.model, trust_code=trust_code)
+    check_described(config.model, config.preprocessing, config.task)
     tensors = read_tensors(folder / WEIGHTS)
     try:
         load_into(model, Weights(str(folder / WEIGHTS), tensors))
@@ -48,7 +49,12 @@ def load_bundle(
 
 
 def save_bundle(path: str | os.PathLike[str], model: nn.Module, config: BundleConfig) -> BundleConfig:
-    """Write a model as a bundle; returns the configuration with the hashes of its files."""
+    """Write a model as a bundle; returns the configuration with the hashes of its files.
+
+    Raises:
+        BundleError: a composite whose description says another input or task.
+    """
+    check_described(config.model, config.preprocessing, config.task)
     return write_bundle(path, config, lambda file: save_tensors(model.state_dict(), file))
 
 
@@ -112,7 +118,7 @@ def start_model(
         ModelError, BundleError: see `find_weights` and `load_bundle`.
     """
     if names_folder(model):
-        start = _start_from_bundle(model, weights, classes, new_head, trust_code)
+        start = _start_from_bundle(model, weights, classes, image_size, new_head, trust_code)
     else:
         start = _start_from_name(model, weights, classes, image_size, new_head)
     return start if image_size is None else _with_image_size(start, image_size)
@@ -142,10 +148,17 @@ def _start_from_name(
 
 
 def _start_from_bundle(
-    path: str, weights: str, classes: tuple[str, ...], new_head: bool, trust_code: bool
+    path: str,
+    weights: str,
+    classes: tuple[str, ...],
+    image_size: int | None,
+    new_head: bool,
+    trust_code: bool,
 ) -> Start:
     folder, config = read_bundle(path)
     description = with_outputs(config.model, len(classes))
+    if image_size is not None:
+        description = with_image_size(description, image_size)
     model = build_model(description, trust_code=trust_code)
     rows = 0
     if weights == "default":
@@ -192,6 +205,6 @@ def input_tensor(
 
 def check_outputs(model: nn.Module, config: BundleConfig) -> None:
     """`BundleError` where head, description and class names disagree."""
-    outputs = head_outputs(find_head(model)[1])
+    outputs = num_logits(model)
     if config.classes and not outputs == len(config.classes) == num_outputs(config.model):
         raise BundleError(f"the head has {outputs} outputs for {len(config.classes)} class names.")
