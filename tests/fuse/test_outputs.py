@@ -24,7 +24,7 @@ from tldist.cli import main
 from tldist.domain import Domain, open_domain
 from tldist.errors import BundleError, DomainError, ModelError
 from tldist.fuse.outputs import build_ensemble
-from tldist.fuse.stacking import collect_votes, fit_stacking, stacking_split
+from tldist.fuse.stacking import collect_votes, fit_stacking
 from tldist.models.composite import Ensemble
 from tldist.models.heads import tapped
 from tldist.models.listing import list_layers
@@ -265,13 +265,6 @@ def test_stacking__cannot_be_fitted_without_labels_it_knows(data: Path, tmp_path
     two = make_splits(tmp_path, {"one": 2, "two": 2}, {"one": 2, "two": 2})
     with pytest.raises(ModelError, match="not finite"):
         fit_stacking(ensemble, config, open_domain(two), TEAM)
-
-
-def test_stacking_split__is_val_and_never_test(tmp_path: Path) -> None:
-    folder = make_splits(tmp_path, {"one": 2, "two": 2}, {"one": 3, "two": 3})
-    assert stacking_split(open_domain(folder)).split_counts == {"val": 6}
-    (folder / "val").rename(folder / "test")
-    assert stacking_split(open_domain(folder)).split_counts == {"train": 4}
 
 
 def _stacked(

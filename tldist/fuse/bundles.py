@@ -13,6 +13,7 @@ from tldist.distributed import Team
 from tldist.domain import Domain, open_domain
 from tldist.files import canonical_json, sha256_text
 from tldist.fuse.batchnorm import batchnorm_layers
+from tldist.fuse.composites import fuse_features, fuse_outputs
 from tldist.fuse.in_weights import clear_work, fuse_in_weights, whole_merge
 from tldist.fuse.job import Fused, Job
 from tldist.fuse.labels import plan_classes
@@ -36,6 +37,8 @@ from tldist.runs import BUNDLE, Outcome, RunFolder, open_run, recorded
 from tldist.training.measure import Measurement
 
 FAMILIES: dict[str, Callable[[Job], Fused]] = {
+    "ensemble": fuse_outputs,
+    "concat": fuse_features,
     "greedy_soup": greedy_soup,
     "search": search,
 }
@@ -97,7 +100,7 @@ def _read(recipe: FuseRecipe, team: Team) -> Job:
         sources=[open_domain(path) for path in recipe.sources or ()],
         labels=plan_classes(
             [(parent.label, parent.config.classes) for parent in parents],
-            recipe.heads,
+            "rebuild" if recipe.method == "concat" else recipe.heads,
             recipe.classes,
             target,
         ),

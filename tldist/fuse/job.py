@@ -109,6 +109,13 @@ class Job:
         return self.data.split("val") if {"val", "test"} <= self.data.split_counts.keys() else self.test
 
     @cached_property
+    def unmeasured(self) -> Domain | None:
+        """Labelled images that shares are fitted on: val where there is a test split beside it, else train."""
+        if self.validation is not self.test:
+            return self.validation
+        return self.train if self.test is not None else None
+
+    @cached_property
     def agreed(self) -> set[str]:
         """BatchNorm layers whose statistics are the same in all models."""
         return agreed_statistics(self.everyone)

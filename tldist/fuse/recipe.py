@@ -34,6 +34,34 @@ class AdaMergingRecipe(Recipe):
     """A coefficient for each tensor of each model; false: one for each model."""
 
 
+class EnsembleRecipe(Recipe):
+    """How ``method=ensemble`` makes one answer of several."""
+
+    shorthand: ClassVar[str] = "combine"
+
+    combine: Literal["logits", "probabilities", "stacking"] = "probabilities"
+    """What is averaged: the logits, the probabilities (each model's temperature applied), or the
+    probabilities with shares fitted on data=: its val split where it has a test split too, else train."""
+    shares: Literal["member", "class"] = "member"
+    """stacking: one fitted share a model, or one for each model and class."""
+    prior: float = Field(default=1.0, ge=0)
+    """stacking: so many images for each model keep the fitted shares off 0; 0: none."""
+
+
+class ConcatRecipe(Recipe):
+    """How ``method=concat`` reads several models' features."""
+
+    shorthand: ClassVar[str] = "projection"
+
+    projection: int | None = Field(default=None, ge=1)
+    """So many principal components of the joined features are what the head reads; none: all features."""
+    ridge: float = Field(default=0.01, ge=0)
+    """This multiple of a model's mean feature variance is added to its variances when they are
+    standardised."""
+    validation: float = Field(default=0.2, gt=0, lt=1)
+    """The share of every class that chooses the head's penalty."""
+
+
 class FuseRecipe(Recipe):
     """Make one model of several: in weight space, of their features, of their outputs, or by distillation."""
 
@@ -92,10 +120,10 @@ class FuseRecipe(Recipe):
     all."""
     reduce: float = Field(default=0.9, ge=0, le=1)
     """regmean: factor of the inner products off the diagonal."""
-    combine: Literal["logits", "probabilities", "stacking"] = "probabilities"
-    """ensemble: what is averaged; stacking: logits, with weights learned on labelled data=."""
-    projection: int | None = Field(default=None, ge=1)
-    """concat: project the concatenated features to so many numbers; none: not at all."""
+    ensemble: EnsembleRecipe = EnsembleRecipe()
+    """How method=ensemble makes one answer of several."""
+    concat: ConcatRecipe = ConcatRecipe()
+    """How method=concat reads several models' features."""
     adamerging: AdaMergingRecipe = AdaMergingRecipe()
     """How its coefficients are learned."""
     search: SearchRecipe = SearchRecipe()

@@ -46,9 +46,13 @@ def make_settings(recipe: FuseRecipe, method: Method) -> Settings:
 
     weights = tuple(recipe.weights or (1.0,) * len(recipe.bundles))
     own = default_settings(method, weights, recipe.seed)
-    given = {name: getattr(recipe, name) for name in ("scale", "density", "gamma")}
-    chosen = {name: float(value) for name, value in given.items() if value is not None}
-    return replace(own, alpha=recipe.alpha, **chosen)
+    return replace(
+        own,
+        alpha=recipe.alpha,
+        scale=own.scale if recipe.scale is None else recipe.scale,
+        density=own.density if recipe.density is None else recipe.density,
+        gamma=own.gamma if recipe.gamma is None else recipe.gamma,
+    )
 
 
 def default_settings(method: Method, weights: tuple[float, ...], seed: int) -> Settings:

@@ -58,11 +58,6 @@ class Stacking:
         return {**{name: getattr(self, name) for name in names}, "weights": self.weights.tolist()}
 
 
-def stacking_split(data: Domain) -> Domain:
-    """The part of a target domain to fit on: val, else what there is to learn from; never test."""
-    return data.split("val") if "val" in data.split_counts else data.training_split()
-
-
 def fit_stacking(
     ensemble: Ensemble,
     config: BundleConfig,
