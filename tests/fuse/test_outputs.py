@@ -267,9 +267,7 @@ def test_stacking__cannot_be_fitted_without_labels_it_knows(data: Path, tmp_path
         fit_stacking(ensemble, config, open_domain(two), TEAM)
 
 
-def _stacked(
-    folder: Path, bundles: list[Path], each: Any, names: Any
-) -> tuple[np.ndarray, float, np.ndarray]:
+def _stacked(folder: Path, bundles: list[Path], each: Any) -> tuple[np.ndarray, float, np.ndarray]:
     team = distributed.start()
     parents = [load_bundle(bundle, trust_code=True) for bundle in bundles]
     ensemble, config = build_ensemble(parents, "stacking")

@@ -110,7 +110,7 @@ class Job:
 
     @cached_property
     def unmeasured(self) -> Domain | None:
-        """Labelled images that shares are fitted on: val where there is a test split beside it, else train."""
+        """Labelled images that shares are fitted on: val where there is a test split too, else train."""
         if self.validation is not self.test:
             return self.validation
         return self.train if self.test is not None else None
