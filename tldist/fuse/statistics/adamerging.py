@@ -79,7 +79,7 @@ class Learned:
 
 
 def entropy(logits: Tensor, task: Task) -> Tensor:
-    """Of the answer to each image, in nats, (N, K) to (N,); of several classes an image, the classes' mean."""
+    """Of the answers to images, in nats, (N, K) to (N,); of several classes an image, the mean of theirs."""
     if task == "multilabel":
         softplus = nn.functional.softplus
         parts = logits.sigmoid() * softplus(-logits) + (-logits).sigmoid() * softplus(logits)

@@ -14,8 +14,9 @@ _RANK = 1e-6
 
 def plain_average(models: Sequence[np.ndarray], shares: Sequence[float]) -> np.ndarray:
     """``sum_i shares_i * models_i / sum_i shares_i``, float64."""
-    total = sum(share * np.asarray(model, np.float64) for share, model in zip(shares, models))
-    return np.asarray(total / sum(shares))
+    first = np.asarray(models[0], np.float64)  # deviations from it, so that equal models give themselves
+    others = sum(share * (np.asarray(model, np.float64) - first) for share, model in zip(shares, models))
+    return np.asarray(first + others / sum(shares))
 
 
 def fisher_average(
@@ -42,7 +43,6 @@ def fisher_average(
     parts = [share * np.asarray(fisher, np.float64) for share, fisher in zip(shares, fishers)]
     total = np.asarray(sum(parts))
     matters = total > nothing
-    # Deviations from the plain average, so that equal models give themselves.
     pull = np.asarray(sum(part * (np.asarray(model) - plain) for part, model in zip(parts, models)))
     return np.where(matters, plain + pull / np.where(matters, total, 1.0), plain)
 

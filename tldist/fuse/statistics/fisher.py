@@ -36,7 +36,8 @@ def fisher_information(
 ) -> dict[str, Tensor]:
     """``F = E_x E_{y ~ p(y|x)} (d log p(y|x) / d theta)^2``, eq. 3 and 4 of arXiv:2111.09832.
 
-    Labels are not read. Called by all processes together; the same for any number of them and, but for rounding, any batches.
+    Labels are not read. Called by all processes together; the same for any number of them and, but for
+    rounding, any batches.
 
     Args:
         model: on the team's device; put into evaluation mode, else unchanged.

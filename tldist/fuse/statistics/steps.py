@@ -72,7 +72,8 @@ class StepImages:
         if needed > memory_bytes:
             say(
                 f"{needed / 2**30:.1f} GiB of decoded images are more than the "
-                f"{memory_bytes / 2**30:.1f} GiB allowed for each process: they are decoded in every epoch again"
+                f"{memory_bytes / 2**30:.1f} GiB allowed for each process: they are decoded again "
+                f"in every epoch"
             )
         self.stream = self._decode(flat) if needed > memory_bytes else self._keep(flat, used)
 
