@@ -137,14 +137,16 @@ FEW = Learning(steps=4, lr=0.05, batch_size=20, part_size=7, seed=2)
 def test_adamerging__equals_finite_differences_and_adam_written_out(
     images: Path, batchnorm: bool, by_tensor: bool, task: Task
 ) -> None:
-    learning = Learning(steps=4, lr=0.01, batch_size=20, part_size=7, seed=2, by_tensor=by_tensor)
+    learning = Learning(
+        steps=4, lr=0.01, batch_size=17, part_size=7, seed=2, by_tensor=by_tensor
+    )  # of 14, 13
     found = learn(images, learning, task, batchnorm=batchnorm, double=True)
     expected = reference(images, learning, task, batchnorm=batchnorm)
     names = [name for name, _ in net(0, batchnorm=batchnorm, double=True).named_parameters()]
     assert list(found.coefficients) == names
     np.testing.assert_allclose(table(found), expected, rtol=1e-5, atol=1e-6)
     assert np.abs(table(found) - 0.3).max() > 0.02
-    assert (np.ptp(table(found), axis=1) > 0.01).all() == by_tensor
+    assert (np.ptp(table(found), axis=1) > 0.005).all() == by_tensor
 
 
 def test_adamerging__in_float32_equals_float64(images: Path) -> None:

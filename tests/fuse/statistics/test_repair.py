@@ -237,12 +237,12 @@ def test_repair__a_constant_channel_is_only_shifted(images: Path, capsys: pytest
     model, domain, team = make("plain", 1), open_domain(images), distributed.start()
     goals = statistics(make("plain", 2), images)
     with torch.no_grad():
-        model[3].weight[5] = 0
+        model[3].weight[5] *= 1e-6
     done = repair(model, goals, SMALL, domain, team, Ledger(domain, None), walk=Walk())
     assert done.constant_channels == 1
     assert "1 channels" in capsys.readouterr().err
     found = by_hooks(model, images, ["3"])["3"]
-    assert found[1, 5] == 0
+    assert found[1, 5] < 1e-4
     np.testing.assert_allclose(found[0], goals["3"][0].numpy(), rtol=1e-3, atol=1e-4)
 
 

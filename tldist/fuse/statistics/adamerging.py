@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -17,16 +17,15 @@ from tldist.distributed import Team
 from tldist.domain import Domain
 from tldist.errors import Diverged, DomainError
 from tldist.fuse.batchnorm import batchnorm_layers, by_batch
-from tldist.fuse.statistics.collapse import MIXED, Answers, count_answers, largest_share
+from tldist.fuse.statistics.collapse import Answers, count_answers
+from tldist.fuse.statistics.guard import CollapseGuard
+from tldist.fuse.statistics.mix import Mix
 from tldist.fuse.statistics.steps import StepImages, plan_parts
 from tldist.fuse.statistics.walk import sum_over
 from tldist.models.load import input_tensor
 from tldist.progress import progress_bar, warn
 from tldist.runtime.preprocess import Preprocessing
 from tldist.training.ledger import Ledger
-
-_ENOUGH = 32
-"""Images whose answers tell a collapse from chance."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +126,8 @@ def learn_coefficients(
     """
     model.eval()
     layers = batchnorm_layers(model, agreed)
-    mix = _Mix(model, base, models, learning, team.device)
-    guard = _Guard(mix.coefficients)
+    mix = Mix(model, base, models, team.device, scale=learning.scale, by_tensor=learning.by_tensor)
+    guard = CollapseGuard(mix.coefficients)
     optimizer = torch.optim.Adam([mix.coefficients], lr=learning.lr)
     entropies: list[float] = []
     plans = plan_parts(len(domain), learning.batch_size, learning.part_size, learning.seed, learning.steps)
@@ -174,68 +173,6 @@ def _say_idle(team: Team, parts: int) -> None:
         warn(f"AdaMerging: a step has {parts} parts, so {team.size - parts} processes have nothing to do")
 
 
-class _Mix:
-    """The base, what each model adds to it, and the coefficients.
-
-    Attributes:
-        coefficients: float64 (models, tensors), or (models, 1), on the CPU.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        base: Mapping[str, Tensor],
-        models: Sequence[Mapping[str, Tensor]],
-        learning: Learning,
-        device: torch.device,
-    ) -> None:
-        parameters = dict(model.named_parameters())
-        self.names = list(parameters)
-        # One tensor may have several names.
-        first = {id(p): name for name, p in parameters.items()}
-        self.all_names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
-        dtypes = {name: p.dtype for name, p in parameters.items()}
-        self.base = {name: base[name].to(device, dtypes[name]) for name in self.names}
-        self.deltas = {
-            name: [(other[name].double() - base[name].double()).to(device, dtypes[name]) for other in models]
-            for name in self.names
-        }
-        width = len(self.names) if learning.by_tensor else 1
-        start = torch.full((len(models), width), learning.scale, dtype=torch.float64)
-        self.coefficients = nn.Parameter(start)
-
-    def merged(self) -> dict[str, Tensor]:
-        """The merged parameters, as leaves that take a gradient."""
-        columns = self._columns(self.coefficients.detach())
-        return {
-            name: sum(
-                (delta * number for delta, number in zip(self.deltas[name], column)), start=self.base[name]
-            ).requires_grad_()
-            for name, column in zip(self.names, columns)
-        }
-
-    def chain(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """The gradient of the coefficients, float64 as they are, from that of the merged parameters:
-        ``d / d lambda[m, l] = <d / d merged_l, theta_m,l - base_l>``."""
-        columns = [
-            torch.stack([(gradient * delta).sum(dtype=torch.float64) for delta in self.deltas[name]])
-            if gradient is not None
-            else self.base[name].new_zeros(len(self.deltas[name]), dtype=torch.float64)
-            for name, gradient in zip(self.names, gradients)
-        ]
-        table = torch.stack(columns, 1).cpu()
-        return table if self.coefficients.shape[1] > 1 else table.sum(1, keepdim=True)
-
-    def named(self, coefficients: Tensor) -> dict[str, tuple[float, ...]]:
-        """Name of a parameter to one number a model."""
-        found = {name: tuple(column) for name, column in zip(self.names, self._columns(coefficients))}
-        return {name: found[first] for name, first in self.all_names.items()}
-
-    def _columns(self, coefficients: Tensor) -> list[list[float]]:
-        columns: list[list[float]] = coefficients.expand(-1, len(self.names)).T.tolist()
-        return columns
-
-
 @dataclass
 class _Step:
     """What one step has found, on one process or on all; sums over images."""
@@ -254,7 +191,7 @@ class _Step:
 
 
 def _differentiate(
-    model: nn.Module, mix: _Mix, parts: Sequence[Tensor], how: Preprocessing, task: Task
+    model: nn.Module, mix: Mix, parts: Sequence[Tensor], how: Preprocessing, task: Task
 ) -> _Step:
     """Entropy and gradient over this process's parts, one in memory at a time."""
     step = _Step(torch.zeros_like(mix.coefficients.detach()))
@@ -273,47 +210,3 @@ def _differentiate(
 
 def _dtype(parameters: Mapping[str, Tensor]) -> torch.dtype:
     return next(iter(parameters.values())).dtype
-
-
-class _Guard:
-    """Watches the answers for a collapse into one, and remembers where to go back to."""
-
-    def __init__(self, start: Tensor) -> None:
-        self.window: deque[Answers] = deque()
-        self.shares: list[float] = []
-        self.first: float | None = None
-        self.best, self.best_entropy, self.best_step = start.detach().clone(), math.inf, 0
-        self.collapsed = False
-
-    def sees_collapse(self, answers: Answers, found: float, coefficients: Tensor) -> bool:
-        """Take note of a step, by what its coefficients have answered; whether they have collapsed."""
-        self.window.append(answers)
-        while sum(some.total() for some in list(self.window)[1:]) >= _ENOUGH:
-            self.window.popleft()
-        together: Answers = sum(self.window, Counter())
-        share = largest_share(together)
-        self.shares.append(share)
-        if together.total() < _ENOUGH:
-            return False
-        if self.first is None:
-            self._start(share)
-        assert self.first is not None
-        if self.first <= MIXED and share == 1:
-            self.collapsed = True
-            warn(
-                f"AdaMerging: after {len(self.shares) - 1} steps the merged model gives all images one "
-                f"answer. Learning stops, and the coefficients of step {self.best_step} are kept; a smaller "
-                f"learning rate or fewer steps may go further."
-            )
-        elif found < self.best_entropy and share <= (1 + self.first) / 2:
-            self.best, self.best_entropy = coefficients.detach().clone(), found
-            self.best_step = len(self.shares) - 1
-        return self.collapsed
-
-    def _start(self, share: float) -> None:
-        self.first = share
-        if share > MIXED:
-            warn(
-                f"AdaMerging: {share:.0%} of the first images get one answer, so a collapse into one "
-                f"answer would not be noticed"
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -161,9 +162,11 @@ class _Gradients:
     def _at_once(self, inputs: Tensor, vectors: Tensor) -> dict[str, Tensor] | None:
         """The gradients of all pairs, (N, ...) each; None where the model's operations do not allow it."""
         try:
-            found: dict[str, Tensor] = vmap(grad(self._answer), in_dims=(None, 0, 0))(
-                self.parameters, inputs, vectors
-            )
+            with warnings.catch_warnings():  # of operations that are done one by one; the answer is the same
+                warnings.filterwarnings("ignore", message=".*performance drop")
+                found: dict[str, Tensor] = vmap(grad(self._answer), in_dims=(None, 0, 0))(
+                    self.parameters, inputs, vectors
+                )
         except Exception as error:  # it runs the model's own forward, under rules of its own
             self.together = False
             cause = str(error).strip().split("\n")[0][:120]
