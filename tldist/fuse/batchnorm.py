@@ -87,7 +87,7 @@ def reestimate(
     batches = 0
     model.eval()
     with (
-        _measuring(layers),
+        by_batch(layers),
         progress_bar(sum(map(len, plans)), "img", "re-estimate BatchNorm", keep=False) as bar,
     ):
         mine = plans[team.rank :: team.size]
@@ -125,7 +125,7 @@ def _statistics(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _measuring(layers: list[_BatchNorm]) -> Iterator[None]:
+def by_batch(layers: list[_BatchNorm]) -> Iterator[None]:
     """While inside, layers normalise by the batch and note its statistics; then all is as it was."""
     before = [(layer.momentum, {k: v.clone() for k, v in layer.named_buffers()}) for layer in layers]
     for layer in layers:
