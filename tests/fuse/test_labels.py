@@ -10,22 +10,39 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support import make_images
-from tests.support_models import make_bundle
+from tests.support_models import SMALL, lively_model, make_bundle
 from tldist import api
-from tldist.bundle import read_bundle
+from tldist.bundle import BundleConfig, read_bundle
 from tldist.errors import RecipeError
 from tldist.fuse.labels import plan_classes, short_names
+from tldist.models.load import save_bundle
+from tldist.models.zoo import describe_network
 
 FIVE = ("a", "b", "c", "d", "e")
 SEVEN = ("g", "f", "e", "d", "x", "y", "z")
+
+
+def near_bundle(folder: Path, classes: tuple[str, ...], name: str, seed: int) -> Path:
+    """A model near the one of seed 0, as if fine-tuned from it, with a head of its own."""
+    model = lively_model(name, len(classes))
+    origin = lively_model(name, 2).state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    state = model.state_dict()
+    for key, tensor in state.items():
+        if key in origin and origin[key].shape == tensor.shape and tensor.dim() > 1:
+            tensor.copy_(origin[key] * (1 + 0.01 * torch.randn(tensor.shape, generator=generator)))
+        elif key.startswith("classifier"):
+            tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+    save_bundle(folder, model, BundleConfig(describe_network(name, len(classes)), classes, SMALL))
+    return folder
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("models")
     return [
-        make_bundle(root / "five", FIVE, name="squeezenet1_1", seed=1),
-        make_bundle(root / "seven", SEVEN, name="squeezenet1_1", seed=2),
+        near_bundle(root / "five", FIVE, "squeezenet1_1", 1),
+        near_bundle(root / "seven", SEVEN, "squeezenet1_1", 2),
     ]
 
 
@@ -84,7 +101,7 @@ def test_separate__every_head_side_by_side(tmp_path: Path, models: list[Path]) -
 
 def test_rebuild__a_new_head_for_new_classes(tmp_path: Path) -> None:
     """Classes that no model knows are learned from labelled data; the merged backbone stays."""
-    bundles = [make_bundle(tmp_path / f"m{n}", FIVE, name="mobilenet_v3_small", seed=n) for n in range(2)]
+    bundles = [near_bundle(tmp_path / f"m{n}", FIVE, "mobilenet_v3_small", n) for n in range(2)]
     data = tmp_path / "data"
     for seed, split in enumerate(("train", "val")):
         make_images(data / split, {"new": 20, "other": 20, "third": 20}, seed=seed)

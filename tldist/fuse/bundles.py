@@ -12,6 +12,7 @@ from tldist.data.loader import num_workers
 from tldist.distributed import Team
 from tldist.domain import Domain, open_domain
 from tldist.files import canonical_json, sha256_text
+from tldist.fuse.aids import with_aids
 from tldist.fuse.batchnorm import batchnorm_layers
 from tldist.fuse.composites import fuse_features, fuse_outputs
 from tldist.fuse.in_weights import clear_work, fuse_in_weights, whole_merge
@@ -73,7 +74,11 @@ def fuse_bundles(recipe: FuseRecipe) -> Outcome:
 
 def _merge(job: Job) -> Fused:
     """One merge in weight space, or the best of a curve of them."""
-    return best_of_curve(job) if job.recipe.curve else fuse_in_weights(job, whole_merge(job))
+    if job.recipe.curve:
+        return best_of_curve(job)
+    merge, notes = with_aids(job, whole_merge(job))
+    fused = fuse_in_weights(job, merge)
+    return replace(fused, notes={**notes, **fused.notes})
 
 
 def _read(recipe: FuseRecipe, team: Team) -> Job:

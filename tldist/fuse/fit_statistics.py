@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -10,12 +11,18 @@ from tldist.bundle import BundleConfig
 from tldist.errors import RecipeError
 from tldist.fuse.batchnorm import batchnorm_layers, reestimate
 from tldist.fuse.job import Job
+from tldist.fuse.statistics.repair import channel_statistics, check_repairable, mean_statistics, repair
+from tldist.fuse.statistics.walk import Walk
 from tldist.progress import say, warn
 from tldist.training.ledger import LEDGER, Ledger
 
 
 def fit_statistics(
-    job: Job, model: nn.Module, config: BundleConfig, most_batches: int | None = None
+    job: Job,
+    model: nn.Module,
+    config: BundleConfig,
+    shares: Sequence[float],
+    most_batches: int | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Fit what passes through the layers of a merged model, as the recipe says; what is not done is said.
 
@@ -23,6 +30,7 @@ def fit_statistics(
         job: the fusion.
         model: merged, changed in place.
         config: of the model.
+        shares: of the job's models in it, the base first.
         most_batches: fewer batches than the recipe allows.
 
     Returns:
@@ -35,6 +43,8 @@ def fit_statistics(
     if how in ("reestimate", "repair") and job.train is None:
         raise RecipeError(f"statistics={how} needs data=, images of the target.")
     layers = batchnorm_layers(model)
+    if how == "repair":
+        return 0, {"repair": _repair(job, model, config, shares)}
     if not layers:
         if job.data and not job.test:
             warn("data= is not used: the models have no BatchNorm, and nothing can be measured on it")
@@ -59,6 +69,25 @@ def fit_statistics(
         agreed=job.agreed,
     )
     return batches, {}
+
+
+def _repair(job: Job, model: nn.Module, config: BundleConfig, shares: Sequence[float]) -> dict[str, Any]:
+    """REPAIR towards the parents that have a share; called by all processes together."""
+    assert job.train is not None
+    check_repairable(model)
+    train, walk = job.train, Walk(job.recipe.samples, job.recipe.batch_size, job.recipe.seed, job.workers)
+
+    def ledger() -> Ledger:
+        return Ledger(train, job.folder.path / LEDGER)
+
+    taking = [(parent, share) for parent, share in zip(job.everyone, shares) if share]
+    found = [
+        channel_statistics(job.load(parent)[0], config.preprocessing, train, job.team, ledger(), walk=walk)
+        for parent, _ in taking
+    ]
+    goals = mean_statistics(found, [share for _, share in taking])
+    repaired = repair(model, goals, config.preprocessing, train, job.team, ledger(), walk=walk)
+    return {"layers": len(repaired.layers), "left_out": repaired.left_out}
 
 
 def _say_pooled(job: Job, layers: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from tldist.bundle import WEIGHTS, BundleConfig
+from tldist.fuse.collapse_check import check_collapse
 from tldist.fuse.crew import merge_together
 from tldist.fuse.finite import check_finite, probe_images
 from tldist.fuse.fit_statistics import fit_statistics
@@ -71,7 +72,7 @@ class Built:
     @property
     def changed(self) -> bool:
         """Whether it is another model than ``merged`` was measured on."""
-        return self.batches > 0 or self.merged is None
+        return bool(self.batches or self.notes) or self.merged is None
 
 
 def fuse_in_weights(job: Job, merge: Merge) -> Fused:
@@ -81,6 +82,7 @@ def fuse_in_weights(job: Job, merge: Merge) -> Fused:
         return lambda model, config: job.measure(model, config, job.test, label) if job.test else None
 
     built = build(job, merge, look=measured("merged"))
+    check_collapse(job, built.model, built.config)
     after = measured("result")(built.model, built.config) if built.changed else built.merged
     return Fused(built.model, built.config, built.shares, built.notes, built.merged, built.batches, after)
 
@@ -107,13 +109,14 @@ def build(
     check_finite(model, config.preprocessing, probes)
     rebuilds = job.labels.heads == "rebuild"
     merged = None if rebuilds else look(model, config)
-    batches, notes = fit_statistics(job, model, config, most_batches)
+    shares = _shares(job, merge, fusion)
+    batches, notes = fit_statistics(job, model, config, shares, most_batches)
     if rebuilds:
         model, config, more = rebuild_head(job, model, config)
         notes = {**notes, **more}
-    if batches or rebuilds:
+    if batches or notes:
         check_finite(model, config.preprocessing, probes)
-    return Built(model, config, _shares(job, merge, fusion), batches, notes, merged)
+    return Built(model, config, shares, batches, notes, merged)
 
 
 def _shares(job: Job, merge: Merge, fusion: Fusion) -> tuple[float, ...]:
@@ -196,8 +199,13 @@ def _rows(job: Job, merge: Merge, head: str, base: Sequence[str] | None) -> dict
     if not classes or (own_base and all(names == classes for names in known)):
         return {}
     plan = plan_rows(classes, known, base)
+    return dict.fromkeys(head_rows(job, head), plan)
+
+
+def head_rows(job: Job, head: str) -> list[str]:
+    """Names of the tensors with one row a class; none of models without classes."""
     entries = job.parents[0].weights.entries
-    return {name: plan for name in (f"{head}.weight", f"{head}.bias") if name in entries}
+    return [name for name in (f"{head}.weight", f"{head}.bias") if merged_classes(job) and name in entries]
 
 
 def _tied(model: nn.Module) -> dict[str, str]:

@@ -30,6 +30,8 @@ class AdaMergingRecipe(Recipe):
     """Steps of Adam."""
     lr: float = Field(default=1e-3, gt=0)
     """Its learning rate."""
+    batch_size: int = Field(default=64, ge=2)
+    """Images of one step, over all processes."""
     layerwise: bool = True
     """A coefficient for each tensor of each model; false: one for each model."""
 
@@ -108,9 +110,10 @@ class FuseRecipe(Recipe):
     """merge: rows of equal class names are fused; rebuild: a new head is fitted on labelled data=; separate:
     each model's classes stand side by side, named model/class."""
     statistics: Literal["auto", "pooled", "reestimate", "repair"] = "auto"
-    """Of what passes through the fused layers. pooled: of the models' BatchNorm statistics; reestimate: on
-    data=; repair: each layer's are set to the mean of the models' (arXiv:2211.08403), also without BatchNorm;
-    auto: reestimate where there are BatchNorm layers and data=."""
+    """Of what passes through the merged layers. pooled: BatchNorm's are those of the models together;
+    reestimate: they are measured on data=; repair: layers of a network without BatchNorm are scaled and
+    shifted until their outputs vary on data= as the models' do (arXiv:2211.08403); auto: reestimate where
+    there are BatchNorm layers and data=."""
     recalibrate_batches: int | None = Field(default=None, ge=0)
     """At most this many batches re-estimate BatchNorm statistics; none: all there are; 0: not at all."""
     match: Literal["weights", "activations"] = "weights"

@@ -52,6 +52,7 @@ def make_settings(recipe: FuseRecipe, method: Method) -> Settings:
         scale=own.scale if recipe.scale is None else recipe.scale,
         density=own.density if recipe.density is None else recipe.density,
         gamma=own.gamma if recipe.gamma is None else recipe.gamma,
+        reduce=recipe.reduce,
     )
 
 

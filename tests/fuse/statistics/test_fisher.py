@@ -18,9 +18,9 @@ from tldist.bundle import Task
 from tldist.data.loader import load_batches
 from tldist.domain import DataRecipe, open_domain
 from tldist.errors import DomainError
-from tldist.fuse.statistics.averages import fisher_average, plain_average
 from tldist.fuse.statistics.fisher import directions, fisher_information, normalised
 from tldist.fuse.statistics.walk import Walk, walk_batches
+from tldist.fuse.weights.informed import fisher_average, plain_average
 from tldist.models.load import input_tensor
 from tldist.training.ledger import Ledger
 

@@ -15,9 +15,9 @@ from tests.support_processes import run_ranks
 from tldist import distributed
 from tldist.data.loader import load_batches
 from tldist.domain import open_domain
-from tldist.fuse.statistics.averages import plain_average, regmean
 from tldist.fuse.statistics.gram import Grams, gram_matrices
 from tldist.fuse.statistics.walk import Walk
+from tldist.fuse.weights.informed import plain_average, regmean
 from tldist.models.load import input_tensor
 from tldist.training.ledger import Ledger
 

@@ -49,7 +49,7 @@ def gram_matrices(
     walk: Walk,
     largest: int = 4608,
 ) -> Grams:
-    """What `tldist.fuse.statistics.averages.regmean` needs, eq. 2 of arXiv:2212.09849; labels are not read.
+    """What `tldist.fuse.weights.informed.regmean` needs, eq. 2 of arXiv:2212.09849; labels are not read.
 
     Called by all processes together; the same for any number of them.
 

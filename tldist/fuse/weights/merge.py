@@ -62,10 +62,12 @@ def merge_rows(method: Method, piece: Piece, settings: Settings, plan: RowPlan) 
     for group in plan.groups:
         models = [piece.models[number][list(rows)] for number, rows in zip(group.models, group.rows)]
         base = piece.base[list(group.base)] if piece.base is not None and group.base else None
-        fits = method.aid != "gram" and (base is not None or not method.needs_base)
+        fits = base is not None or not method.needs_base
         low, high = method.models
         fits = fits and low <= len(models) <= (high or len(models))
-        aids = [piece.aids[n][list(rows)] for n, rows in zip(group.models, group.rows)] if piece.aids else []
+        aids = [piece.aids[number] for number in group.models] if piece.aids else []
+        if method.aid == "fisher":  # one number an entry; inner products are of the layer's inputs
+            aids = [aid[list(rows)] for aid, rows in zip(aids, group.rows)]
         rule = method if fits else METHODS["average"]
         part = Piece(piece.name, models, base, aids)
         result[list(group.out)] = rule.apply(part, settings.only(group.models))

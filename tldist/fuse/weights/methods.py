@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
+from tldist.fuse.weights.informed import fisher_average, regmean
 from tldist.fuse.weights.linear import (
     Array,
     average,
@@ -43,6 +44,7 @@ class Settings:
         scale: factor of the (summed or averaged) task vectors.
         density: share of a task vector's entries that stay.
         gamma: share of the largest that Breadcrumbs drops.
+        reduce: factor of RegMean's inner products off the diagonal.
         seed: of random masks.
         coefficients: one number a model, by tensor name; learned ones.
     """
@@ -52,6 +54,7 @@ class Settings:
     scale: float = 1.0
     density: float = 1.0
     gamma: float = 0.0
+    reduce: float = 1.0
     seed: int = 0
     coefficients: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -67,7 +70,7 @@ class Settings:
         if not any(weights):
             weights = (1.0,) * len(models)
         chosen = {name: tuple(row[i] for i in models) for name, row in self.coefficients.items()}
-        return Settings(weights, self.alpha, self.scale, self.density, self.gamma, self.seed, chosen)
+        return replace(self, weights=weights, coefficients=chosen)
 
 
 @dataclass(frozen=True)
@@ -263,6 +266,24 @@ METHODS: dict[str, Method] = {
         uses=frozenset({"base"}),
         needs_base=True,
         models=(2, None),
+    ),
+    "fisher": Method(
+        lambda piece, s, _: (
+            fisher_average(piece.models, piece.aids, s.shares)
+            if piece.aids
+            else average(piece.models, s.shares)
+        ),
+        aid="fisher",
+    ),
+    "regmean": Method(
+        lambda piece, s, _: (
+            regmean(piece.models, piece.aids, s.shares, s.reduce)
+            if piece.aids
+            else average(piece.models, s.shares)
+        ),
+        uses=frozenset({"weights", "reduce"}),
+        aid="gram",
+        whole=True,
     ),
     "adamerging": Method(
         _learned,
