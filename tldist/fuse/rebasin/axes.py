@@ -96,7 +96,9 @@ class AxisTable:
     def _join_variables(self, mine: Segment, theirs: Segment) -> None:
         """Two variables of one size become one: the older of the two, whose label names the group."""
         # A pair before this one may have bound either of them, to a variable of the same size.
-        variables = [self.resolve((Segment(part.variable, part.size),))[0].variable for part in (mine, theirs)]
+        variables = [
+            self.resolve((Segment(part.variable, part.size),))[0].variable for part in (mine, theirs)
+        ]
         older, newer = min(variables), max(variables)
         if older != newer:
             self._bind(newer, (Segment(older, mine.size),))

@@ -7,32 +7,19 @@ from typing import Any
 
 from torch import nn
 
-from tldist.fuse.rebasin.axes import Axis, Segment, axis_length, in_blocks
+from tldist.fuse.rebasin.axes import Axis, in_blocks
 from tldist.fuse.rebasin.network import Axes, Call, Network, NotUnderstood, Signal
 from tldist.fuse.rebasin.operations import Rule, normalise_last, reshaped, same
-
-ATTENTION_HEADS = "heads"
 
 
 def _own(net: Network, call: Call, name: str) -> Signal | None:
     return net.tensor(f"{call.path}.{name}" if call.path else name)
 
 
-def affine(
-    net: Network, axis: Axis | None, weight: Signal, bias: Signal | None, out: Axis | None = None
-) -> Axis | None:
-    """A dense map of ``axis`` by a weight (out, in, ...): the axis that it gives.
-
-    Args:
-        net: takes note.
-        axis: of the input.
-        weight, bias: of the map.
-        out: the axis that it gives, where that is known already.
-    """
+def affine(net: Network, axis: Axis | None, weight: Signal, bias: Signal | None) -> Axis | None:
+    """A dense map of ``axis`` by a weight (out, in, ...): the axis that it gives."""
     net.join(weight, 1, axis)
     net.pin(*weight.axes[2:])
-    if out is not None:
-        net.join(weight, 0, out)
     if bias is not None:
         net.join(bias, 0, weight.axes[0])
     return weight.axes[0]
@@ -48,7 +35,7 @@ def linear(net: Network, call: Call) -> Axes:
 
 
 def convolution(net: Network, call: Call) -> Axes:
-    """Convolutions: dense, or depthwise, whose output channels are those of the input (or follow them)."""
+    """Convolutions: dense, or in groups of channels, which are permuted as wholes (depthwise: one by one)."""
     module, axes = call.module, call.input.axes
     channel = len(axes) - 1 - len(module.kernel_size)
     weight, bias = _own(net, call, "weight"), _own(net, call, "bias")
@@ -57,14 +44,13 @@ def convolution(net: Network, call: Call) -> Axes:
     net.watch(call.path, "input", channel, axes[channel])
     if module.groups == 1:
         out = affine(net, axes[channel], weight, bias)
-    elif module.groups == module.in_channels:
-        wide = in_blocks(axes[channel] or (), module.out_channels // module.in_channels) or None
+    else:
+        units = net.table.new(module.groups, f"{call.path}.weight:groups")
+        net.table.join(in_blocks(units, module.in_channels // module.groups), axes[channel])
         net.pin(*weight.axes[1:])
-        out = net.join(weight, 0, wide)
+        out = net.join(weight, 0, in_blocks(units, module.out_channels // module.groups))
         if bias is not None:
             net.join(bias, 0, out)
-    else:
-        raise NotUnderstood("a grouped convolution")
     return (*axes[:channel], out, *(None for _ in module.kernel_size))
 
 
@@ -128,20 +114,14 @@ def attention(net: Network, call: Call) -> tuple[Axes, None]:
     for signal in call.signals:
         axis = net.join(signal, -1, axis)
         net.pin(*signal.axes[:-1])
-    heads = net.new(module.num_heads, f"{call.path}.in_proj_weight:{ATTENTION_HEADS}")
-    rows = in_blocks(heads, module.head_dim) if heads else _pinned(net, module.embed_dim)
-    affine(net, axis, weight, bias, rows * 3)
+    heads = net.table.new(module.num_heads, f"{call.path}.in_proj_weight:heads")
+    rows = in_blocks(heads, module.head_dim)
+    affine(net, axis, weight, bias)
+    net.join(weight, 0, rows * 3)
     net.watch(call.path, "input", len(call.input.axes) - 1, axis)
     net.watch(call.path, "attention", 1, heads)
     out = affine(net, rows, out_weight, out_bias)
     return (*(None for _ in call.input.axes[:-1]), out), None
-
-
-def _pinned(net: Network, size: int) -> Axis:
-    axis: tuple[Segment, ...] = net.table.new(size, "")
-    net.pin(axis)
-    assert axis_length(axis) == size
-    return axis
 
 
 _SPATIAL = {

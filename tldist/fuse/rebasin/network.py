@@ -161,14 +161,25 @@ class Network:
         """The free segments of an axis with their offsets."""
         offset = 0
         for segment in self.table.resolve(axis or ()):
-            if self.table.is_free(segment):
+            if segment.size > 1 and self.table.is_free(segment):
                 yield offset, segment
             offset += axis_length((segment,))
 
     def _share(self, groups: Sequence[Group]) -> float:
-        numbers = {name: self.tensors[name].numel() for name in self.learned if name in self.tensors}
-        touched = {place.tensor for group in groups for place in group.places if place.learned}
-        return sum(numbers[name] for name in touched) / max(1, sum(numbers.values()))
+        """See `Spec.share`."""
+        free: dict[tuple[str, int], int] = {}
+        for group in groups:
+            for place in group.places:
+                key = (place.tensor, place.axis)
+                free[key] = free.get(key, 0) + group.size * place.block
+        aligned = total = 0.0
+        for name in self.learned & self.tensors.keys():
+            shape = self.tensors[name].shape
+            axes = [axis for axis, size in enumerate(shape[:2]) if size > 1]
+            parts = [free.get((name, axis), 0) / shape[axis] for axis in axes]
+            total += shape.numel()
+            aligned += shape.numel() * sum(parts) / max(1, len(parts))
+        return aligned / max(1.0, total)
 
 
 def _best(taps: Sequence[Tap]) -> tuple[Tap, ...]:

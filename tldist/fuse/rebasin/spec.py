@@ -75,7 +75,9 @@ class Spec:
 
     Attributes:
         groups: in the order of the forward pass.
-        share: the part of the architecture's parameters that lie in tensors of a group, 0 .. 1.
+        share: how much of the network is in groups, 0 .. 1: the part of each parameter's output and input
+            axes (its first two) that is, averaged over all numbers. Somewhat below 1 where all that can be
+            is: the images and the classes keep their order.
     """
 
     groups: tuple[Group, ...]

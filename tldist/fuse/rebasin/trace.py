@@ -91,7 +91,9 @@ class _Walk(fx.Interpreter):
         if node.op == "placeholder":
             return _signals(result, None)
         if node.op == "get_attr":
-            return self.network.tensor(str(node.target)) or _signals(result, None)
+            # Buffers that are fetched are constants (tables of positions), which merged models must share.
+            learned = str(node.target) in self.network.learned
+            return self.network.tensor(str(node.target)) if learned else _signals(result, None)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.known.__getitem__)
         call = Call(tuple(args), dict(kwargs), shape_of(result) if isinstance(result, Tensor) else ())
         if node.target in _DESCRIBES and not _holds_tensor(result):
