@@ -48,9 +48,9 @@ def match_activations(
     Section 3.1 of arXiv:2209.04836, with correlations in the place of inner products, so that no unit counts
     for its scale: both models see the same images, every unit of one is correlated with every unit of the
     other over images and positions, and one linear assignment a group maximises the sum. Units are watched
-    where the layers that read them are given them; where several layers do, their correlations are added.
-    Heads of attention are compared by their attention maps. Sums are float64, over whole batches, so that
-    the number of processes does not matter.
+    where a linear or convolution layer puts them out and where one reads them (a unit whose ReLU never
+    opens says nothing there), and the correlations are added. Heads of attention are compared by their
+    attention maps. Sums are float64, over whole batches, so that the number of processes does not matter.
 
     Args:
         model: of the architecture, on the team's device; its own weights are not used.
@@ -161,7 +161,7 @@ def _order(group: Group, sums: Mapping[tuple[str, Tap], _Sums]) -> np.ndarray:
 
 @contextmanager
 def watching(model: nn.Module, spec: Spec) -> Iterator[_Watched]:
-    """While inside, what passes the taps in a forward pass is noted, as (size, M) for each unit of a group."""
+    """While inside, what passes the taps in a forward pass is noted: (size, M) for the units of a group."""
     watched: _Watched = {}
     taps: dict[tuple[str, str], list[tuple[Group, Tap]]] = {}
     for group in spec.groups:

@@ -1,4 +1,4 @@
-"""Several models, each aligned to the first: find the groups, match, permute, and prove that nothing broke."""
+"""Several models, each aligned to the first: find the groups, match, permute, check that nothing broke."""
 
 from __future__ import annotations
 
@@ -93,14 +93,16 @@ def align_to_first(
         raise RecipeError(
             "rebasin with match=activations needs data=, the images that the models are to see."
         )
+    for label, tensors in zip(labels, parents, strict=True):
+        _check_names(label, tensors, model)
     spec = find_groups(model, (how.height, how.width))
     if spec.share < _FEW:
         warn(
-            f"{type(model).__name__}: only {spec.share:.0%} of the network can be aligned; the rest is merged "
-            f"as it is, which rarely works for models that did not start from the same weights"
+            f"{type(model).__name__}: only {spec.share:.0%} of the network can be aligned; the rest is "
+            f"merged as it is, which rarely works for models that did not start from the same weights"
         )
     first, aligned, notes = parents[0], [dict(parents[0])], []
-    for label, other in zip(labels[1:], parents[1:], strict=True):
+    for label, other in zip(labels[1:], parents[1:]):
         found = _match(first, other, model, spec, how, team, settings, domain, ledger)
         permuted = permute(other, spec, found)
         _check_function(label, model, other, permuted, how)
@@ -123,6 +125,15 @@ def align_to_first(
             "models": notes,
         },
     )
+
+
+def _check_names(label: str, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+    odd = sorted(model.state_dict().keys() ^ tensors.keys())
+    if odd:
+        raise ModelError(
+            f"{label} and {type(model).__name__} do not hold the same tensors: {odd[0]} and "
+            f"{len(odd) - 1} more are in one of them only."
+        )
 
 
 def _match(
@@ -182,6 +193,6 @@ def _check_function(
         warn(f"{label} gives NaN or infinity on noise: whether its permutation is right was not checked")
     elif float((new - old).norm()) > _DIFFERENT * float(old.norm()):
         raise ModelError(
-            f"{label} cannot be aligned: {type(model).__name__} computes something else when its hidden units "
-            f"are permuted, in a way that its graph does not show. Use another method."
+            f"{label} cannot be aligned: {type(model).__name__} computes something else when its hidden "
+            f"units are permuted, for a reason that its graph does not show. Use another method."
         )

@@ -31,7 +31,9 @@ def linear(net: Network, call: Call) -> Axes:
     assert weight is not None
     axes = call.input.axes
     net.watch(call.path, "input", len(axes) - 1, axes[-1])
-    return (*axes[:-1], affine(net, axes[-1], weight, _own(net, call, "bias")))
+    out = affine(net, axes[-1], weight, _own(net, call, "bias"))
+    net.watch(call.path, "output", len(axes) - 1, out)
+    return (*axes[:-1], out)
 
 
 def convolution(net: Network, call: Call) -> Axes:
@@ -51,6 +53,7 @@ def convolution(net: Network, call: Call) -> Axes:
         out = net.join(weight, 0, in_blocks(units, module.out_channels // module.groups))
         if bias is not None:
             net.join(bias, 0, out)
+    net.watch(call.path, "output", channel, out)
     return (*axes[:channel], out, *(None for _ in module.kernel_size))
 
 
@@ -132,18 +135,18 @@ _SPATIAL = {
 }  # fmt: skip
 
 _PER_NUMBER = (
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
-    nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.LogSigmoid,
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish,
+    nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.LogSigmoid,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Softmax, nn.LogSoftmax,
 )  # fmt: skip
 """Each number by itself, or (softmax) all numbers alike: a permutation before is one after."""
 
 LAYERS: dict[type[Any], Callable[[Network, Call], Any]] = {
-    **{kind: same for kind in _PER_NUMBER},
+    **dict.fromkeys(_PER_NUMBER, same),
     **{kind: spatial(dimensions) for dimensions, kinds in _SPATIAL.items() for kind in kinds},
-    **{kind: convolution for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)},
-    **{kind: channelwise for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)},
-    **{kind: channelwise for kind in (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)},
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), convolution),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), channelwise),
+    **dict.fromkeys((nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d), channelwise),
     nn.Linear: linear,
     nn.GroupNorm: group_norm,
     nn.LayerNorm: layer_norm,

@@ -146,7 +146,12 @@ class Network:
             for offset, segment in self._free(watched):
                 taps.setdefault(segment.variable, []).append(Tap(path, side, dim, offset, segment.block))
         groups = tuple(
-            Group(self.table.labels[key], sizes[key], tuple(places[key]), _best(taps.get(key, [])))
+            Group(
+                self.table.labels[key],
+                sizes[key],
+                tuple(places[key]),
+                tuple(dict.fromkeys(taps.get(key, []))),
+            )
             for key in sorted(places)
         )
         return Spec(groups, self._share(groups))
@@ -180,12 +185,6 @@ class Network:
             total += shape.numel()
             aligned += shape.numel() * sum(parts) / max(1, len(parts))
         return aligned / max(1.0, total)
-
-
-def _best(taps: Sequence[Tap]) -> tuple[Tap, ...]:
-    """What the layers that read a group are given; what modules put out only where there is no such layer."""
-    read = tuple(dict.fromkeys(tap for tap in taps if tap.side != "output"))
-    return read or tuple(dict.fromkeys(taps))
 
 
 def shape_of(value: Tensor) -> tuple[int, ...]:

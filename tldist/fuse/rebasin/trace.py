@@ -98,18 +98,13 @@ class _Walk(fx.Interpreter):
         call = Call(tuple(args), dict(kwargs), shape_of(result) if isinstance(result, Tensor) else ())
         if node.target in _DESCRIBES and not _holds_tensor(result):
             return result
-        if not call.signals:
-            return _signals(result, None)
-        if node.op == "call_function" and node.target is operator.getitem and isinstance(args[0], tuple):
-            return args[0][args[1]]  # one of several results
+        if node.op == "call_function" and node.target is operator.getitem and isinstance(call.args[0], tuple):
+            return call.args[0][call.args[1]]  # one of several results
         if node.op == "call_module":
             module = self.model.get_submodule(str(node.target))
             call = Call(call.args, call.kwargs, call.shape, module, str(node.target))
-        found = _signals(result, self._axes(node, call, result))
-        if call.module is not None and isinstance(found, Signal):
-            for dim, axis in enumerate(found.axes):
-                self.network.watch(call.path, "output", dim, axis)
-        return found
+        axes = self._axes(node, call, result) if call.signals or call.module else None
+        return _signals(result, axes)
 
     def _axes(self, node: fx.Node, call: Call, result: Any) -> Any:
         """What the rule of a node says; None, with all that goes in pinned, where there is no answer."""
@@ -131,7 +126,7 @@ class _Walk(fx.Interpreter):
             "call_method": (METHODS, node.target),
         }
         table, key = tables.get(node.op, ({}, None))
-        if key not in table or _is_hooked(call.module):
+        if key not in table or not call.signals or _is_hooked(call.module):
             raise NotUnderstood(str(node.target))
         return table[key]
 
