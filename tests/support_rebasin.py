@@ -6,21 +6,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torchvision import models as torchvision_models
 from torchvision.models import VisionTransformer
 
 from tldist.fuse.rebasin.spec import Permutations, Spec
+from tldist.models.chain import Affine, Chain, Scale
 from tldist.models.zoo import build_network, describe_network
 
 CLASSES = 5
 
 
 def build(name: str) -> nn.Module:
-    """A torchvision network by name, or a small ViT."""
+    """A network of the zoo by name, a small ViT, or a backbone with transforms of its features."""
     if name == "small_vit":
         return VisionTransformer(32, 8, 3, 4, hidden_dim=24, mlp_dim=40, num_classes=CLASSES)
-    assert name in torchvision_models.list_models()
+    if name == "chain":
+        backbone = build_network(describe_network("resnet18", CLASSES), trust_code=False)
+        return Chain(backbone, [_filled(Affine(512, 8)), _filled(Scale(8))], nn.Linear(8, CLASSES))
     return build_network(describe_network(name, CLASSES), trust_code=False)
+
+
+def _filled(transform: nn.Module) -> nn.Module:
+    for buffer in transform.buffers():
+        nn.init.normal_(buffer)
+    return transform
 
 
 def restless(model: nn.Module, seed: int = 0, size: int = 32) -> nn.Module:

@@ -102,6 +102,17 @@ def test_watching__gives_what_layers_read(images: Path) -> None:
 
 
 @torch.no_grad()
+def test_watching__keeps_what_a_later_layer_overwrites() -> None:
+    model = restless(build("squeezenet1_1")).float()
+    images = torch.randn(1, 3, 32, 32)
+    with watching(model, find_groups(model, (32, 32))) as watched:
+        model(images)
+    (rows,) = watched["features.0.weight:0", Tap("features.0", "output", 1)]
+    torch.testing.assert_close(rows, model.features[0](images)[0].flatten(1))
+    assert rows.min() < 0  # before the ReLU, which works in place
+
+
+@torch.no_grad()
 def test_watching__gives_the_attention_of_each_head() -> None:
     model = restless(build("small_vit")).float()
     spec = find_groups(model, (32, 32))

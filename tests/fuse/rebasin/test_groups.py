@@ -16,10 +16,11 @@ from tldist.errors import ModelError
 from tldist.fuse.rebasin.spec import Spec, inverse, num_moved, permute
 from tldist.fuse.rebasin.trace import FAMILIES, find_groups
 
-SIZES = {"alexnet": 64, "inception_v3": 75}
+SIZES = {"alexnet": 64, "inception_v3": 75, "timm/vit_tiny_patch16_224": 224}
 
 SHARES = {
     "alexnet": 0.99,
+    "chain": 0.99,
     "convnext_tiny": 0.99,
     "densenet121": 0.99,
     "efficientnet_b0": 0.99,
@@ -36,6 +37,8 @@ SHARES = {
     "small_vit": 0.85,
     "squeezenet1_1": 0.99,
     "swin_t": 0.3,
+    "timm/mobilenetv3_small_050": 0.99,
+    "timm/vit_tiny_patch16_224": 0.8,
     "vgg11_bn": 0.99,
 }
 """How much of each network is in groups, at least."""
@@ -53,7 +56,9 @@ def error_of(model: nn.Module, spec: Spec, seed: int = 0, size: int = 32) -> flo
 
 
 @pytest.mark.parametrize("name", SHARES)
-def test_permute__leaves_the_function_of_torchvision_networks_unchanged(name: str) -> None:
+def test_permute__leaves_the_function_of_networks_unchanged(name: str) -> None:
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
     size = SIZES.get(name, 32)
     model = restless(build(name), size=size)
     spec = find_groups(model, (size, size))
@@ -70,7 +75,7 @@ def test_families__each_that_an_error_names_is_tested() -> None:
     assert "swin" not in FAMILIES
 
 
-@pytest.mark.parametrize("name", ["resnet18", "small_vit", "mobilenet_v3_small", "squeezenet1_1"])
+@pytest.mark.parametrize("name", ["resnet18", "small_vit", "mobilenet_v3_small", "squeezenet1_1", "chain"])
 def test_groups__no_place_is_too_many(name: str) -> None:
     """Without any one of its places, permuting a group does change the function."""
     model = restless(build(name))
@@ -199,6 +204,17 @@ class Tied(Net):
         return self.second(self.first(x.mean((2, 3))).relu())
 
 
+class TiedBack(Net):
+    """The layer that goes back has the weight of the one that goes there, and is not understood."""
+
+    def __init__(self) -> None:
+        super().__init__(there=nn.Conv2d(12, 7, 3), back=nn.ConvTranspose2d(7, 12, 3))
+        self.back.weight = self.there.weight
+
+    def peculiar(self, x: Tensor) -> Tensor:
+        return self.back(self.there(x).tanh()).mean((2, 3))
+
+
 class PreActivation(Net):
     def peculiar(self, x: Tensor) -> Tensor:
         x = x + self.inner(F.relu(self.norm(x)))
@@ -274,6 +290,7 @@ def conv(width: int, out: int, **options: int) -> nn.Conv2d:
 PECULIAR: dict[str, tuple[Net, set[str]]] = {
     "a module used twice": (UsedTwice(shared=conv(12, 12)), {"stem.weight:0"}),
     "tied weights": (Tied(), {"stem.weight:0"}),
+    "tied weights of a layer that is not understood": (TiedBack(), set()),
     "pre-activation": (PreActivation(norm=nn.BatchNorm2d(12), inner=conv(12, 12)), {"stem.weight:0"}),
     "channel shuffle": (Shuffle(), set()),
     "half of the channels": (Sliced(6, last=conv(12, 8)), {"stem.weight:0"}),
@@ -345,7 +362,7 @@ def test_groups__a_layer_with_a_hook_is_not_understood() -> None:
 
 
 def test_find_groups__a_forward_that_cannot_be_traced() -> None:
-    with pytest.raises(ModelError, match=r"cannot be traced .*families.*resnet.*vit"):
+    with pytest.raises(ModelError, match=r"cannot be followed .*families.*resnet.*vit"):
         find_groups(branching_cnn(3), (32, 32))
 
 

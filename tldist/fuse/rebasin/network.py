@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tldist.fuse.rebasin.axes import Axis, AxisTable, axis_length
 from tldist.fuse.rebasin.spec import Group, Place, Spec, Tap
+from tldist.models.chain import Affine, Scale
 
 Axes = tuple[Axis | None, ...]
 """One a dimension; None: its positions must stay where they are (batch, space, the network's input)."""
@@ -82,7 +83,12 @@ class Network:
     def __init__(self, model: nn.Module) -> None:
         self.table = AxisTable()
         self.tensors = dict(model.state_dict(keep_vars=True))
-        self.learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.learned = {name for name, _ in model.named_parameters(remove_duplicate=False)} | {
+            f"{path}.{name}"  # numbers of a chain's transforms: fitted, though not by gradients
+            for path, module in model.named_modules()
+            if isinstance(module, Affine | Scale)
+            for name, _ in module.named_buffers()
+        }
         # Tied tensors are one tensor here, and all their names at the end.
         self._first: dict[int, str] = {}
         for name, tensor in self.tensors.items():
@@ -100,6 +106,14 @@ class Network:
             axes = tuple(self.new(size, f"{name}:{axis}") for axis, size in enumerate(tensor.shape))
             self._own[name] = Signal(tuple(tensor.shape), axes)
         return self._own[name]
+
+    def may_move(self, name: str) -> bool:
+        """Whether a tensor that a function is given may be permuted.
+
+        Not a constant: buffers of other kinds are tables, of positions say, which merged models must share.
+        """
+        leaf = name.rpartition(".")[2]
+        return name in self.learned or leaf in ("running_mean", "running_var")
 
     def new(self, size: int, label: str) -> Axis | None:
         """An axis that is free so far; None for one position, of which there is one order."""

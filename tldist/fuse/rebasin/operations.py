@@ -13,6 +13,7 @@ import torchvision
 
 from tldist.fuse.rebasin.axes import Axis, in_blocks
 from tldist.fuse.rebasin.network import Axes, Call, Network, NotUnderstood, Signal
+from tldist.models.heads import pool
 
 Rule = Callable[[Network, Call], Any]
 
@@ -171,6 +172,22 @@ def layer_norm(net: Network, call: Call) -> Axes:
     return normalise_last(net, call.input, len(call.option(1, "normalized_shape")), own)
 
 
+def batch_norm(net: Network, call: Call) -> Axes:
+    """``F.batch_norm(x, running_mean, running_var, weight, bias, training)`` by the statistics it has."""
+    if call.option(5, "training", False):
+        raise NotUnderstood("statistics of the batch")
+    axes = call.input.axes
+    axis = axes[1]
+    for numbers in call.signals[1:]:
+        axis = net.join(numbers, 0, axis)
+    return (axes[0], axis, *axes[2:])
+
+
+def head_pool(net: Network, call: Call) -> Axes:
+    """`tldist.models.heads.pool`: the mean over space, where there is any."""
+    return call.input.axes[:2]
+
+
 def linear(net: Network, call: Call) -> Axes:
     """``F.linear`` by a weight of the network's own."""
     weight, bias = call.option(1, "weight"), call.option(2, "bias")
@@ -206,6 +223,7 @@ _NAMES: dict[Rule, tuple[str, ...]] = {
     indexed: ("getitem",),
     layer_norm: ("layer_norm",),
     linear: ("linear",),
+    batch_norm: ("batch_norm",),
     pooled: ("adaptive_avg_pool2d", "avg_pool2d", "max_pool2d"),
 }  # fmt: skip
 
@@ -213,9 +231,12 @@ METHODS: dict[str, Rule] = {name: rule for rule, names in _NAMES.items() for nam
 """The rule of each method of a tensor."""
 
 FUNCTIONS: dict[Any, Rule] = {
-    getattr(place, name): rule
-    for name, rule in METHODS.items()
-    for place in (torch, F, operator, torchvision.ops)
-    if callable(getattr(place, name, None))
+    pool: head_pool,
+    **{
+        getattr(place, name): rule
+        for name, rule in METHODS.items()
+        for place in (F, operator, torchvision.ops, torch)
+        if callable(getattr(place, name, None))
+    },
 }
 """The rule of each function, by the function itself: one of the same name may be somebody's own."""

@@ -14,6 +14,7 @@ from tldist.fuse.rebasin.layers import LAYERS
 from tldist.fuse.rebasin.network import Axes, Call, Network, NotUnderstood, Signal, shape_of
 from tldist.fuse.rebasin.operations import FUNCTIONS, METHODS
 from tldist.fuse.rebasin.spec import Spec
+from tldist.models.heads import pool
 
 FAMILIES = (
     "alexnet", "convnext", "densenet", "efficientnet", "googlenet", "inception", "mnasnet", "mobilenet",
@@ -38,7 +39,7 @@ def find_groups(model: nn.Module, image_size: tuple[int, int]) -> Spec:
         image_size: (height, width) that it takes.
 
     Raises:
-        ModelError: its forward cannot be traced, or nothing in it can be permuted.
+        ModelError: its forward cannot be traced or run, or nothing in it can be permuted.
     """
     name = type(model).__name__
     images = torch.zeros(_BATCH, 3, *image_size)
@@ -46,13 +47,14 @@ def find_groups(model: nn.Module, image_size: tuple[int, int]) -> Spec:
     if weight is not None:
         images = images.to(weight)
     try:
-        graph = fx.GraphModule(model.eval(), fx.Tracer().trace(model))
+        graph = fx.GraphModule(model.eval(), fx.Tracer(autowrap_functions=(pool,)).trace(model))
         walk = _Walk(graph, model)
         with torch.no_grad():
             walk.run(images)
     except Exception as error:  # tracing runs the model's own forward
         raise ModelError(
-            f"{name} cannot be aligned: its forward cannot be traced ({_first_line(error)}). {_remedy()}"
+            f"{name} cannot be aligned: its forward cannot be followed on two images of "
+            f"{image_size[0]}x{image_size[1]} ({_first_line(error)}). {_remedy()}"
         ) from error
     spec = walk.network.spec()
     if not spec.groups:
@@ -91,9 +93,8 @@ class _Walk(fx.Interpreter):
         if node.op == "placeholder":
             return _signals(result, None)
         if node.op == "get_attr":
-            # Buffers that are fetched are constants (tables of positions), which merged models must share.
-            learned = str(node.target) in self.network.learned
-            return self.network.tensor(str(node.target)) if learned else _signals(result, None)
+            name = str(node.target)
+            return self.network.tensor(name) if self.network.may_move(name) else _signals(result, None)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.known.__getitem__)
         call = Call(tuple(args), dict(kwargs), shape_of(result) if isinstance(result, Tensor) else ())
         if node.target in _DESCRIBES and not _holds_tensor(result):
