@@ -86,6 +86,21 @@ def test_align_to_first__other_tensors_are_refused() -> None:
         aligned([first, second], "squeezenet1_1")
 
 
+def test_align_to_first__tensors_that_are_not_finite_are_refused() -> None:
+    first, second = (state(build("squeezenet1_1")) for _ in range(2))
+    second["features.3.squeeze.bias"][2] = torch.nan
+    with pytest.raises(ModelError, match=r"second cannot be aligned: its tensor features\.3\.squeeze\.bias"):
+        aligned([first, second], "squeezenet1_1")
+
+
+def test_align_to_first__activations_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    data = open_domain(make_images(tmp_path / "images", {"a": 4, "b": 4}))
+    first, second = (state(build("squeezenet1_1")) for _ in range(2))
+    second["features.3.squeeze.weight"] *= 1e38
+    with pytest.raises(ModelError, match=r"the activations of features\.\S+ hold NaN or infinity"):
+        aligned([first, second], "squeezenet1_1", match="activations", domain=data)
+
+
 def test_align_to_first__a_partial_alignment_is_said_aloud(capsys: pytest.CaptureFixture[str]) -> None:
     parents = [state(build("shufflenet_v2_x0_5")) for _ in range(2)]
     found = aligned(parents, "shufflenet_v2_x0_5")

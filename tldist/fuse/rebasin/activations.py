@@ -15,7 +15,7 @@ from torch.func import functional_call
 from tldist.data.loader import load_batches
 from tldist.distributed import Team
 from tldist.domain import Domain
-from tldist.errors import DomainError
+from tldist.errors import DomainError, ModelError
 from tldist.fuse.batchnorm import even_batches
 from tldist.fuse.rebasin.spec import Group, Permutations, Spec, Tap, unit_rows
 from tldist.models.load import input_tensor
@@ -69,6 +69,7 @@ def match_activations(
 
     Raises:
         DomainError: no image can be decoded, or too many are broken.
+        ModelError: an activation is not finite.
     """
     model.eval()
     models = [on_model(model, tensors) for tensors in (reference, other)]
@@ -155,6 +156,8 @@ def _order(group: Group, sums: Mapping[tuple[str, Tap], _Sums]) -> np.ndarray:
         warn(f"the activations of {group.name} cannot be watched: its units keep their order")
         return np.arange(group.size)
     scores = np.sum([total.correlations() for total in counted], axis=0)
+    if not np.isfinite(scores).all():
+        raise ModelError(f"the activations of {group.name} hold NaN or infinity: they cannot be matched.")
     order: np.ndarray = linear_sum_assignment(scores, maximize=True)[1]
     return order
 

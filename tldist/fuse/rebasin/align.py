@@ -85,7 +85,7 @@ def align_to_first(
 
     Raises:
         RecipeError: activations are to be matched and there are no images.
-        ModelError: the architecture cannot be aligned, or tensors are missing.
+        ModelError: the architecture cannot be aligned, or tensors are missing or not finite.
         DomainError: see `match_activations`.
     """
     settings = settings or RebasinSettings()
@@ -94,7 +94,7 @@ def align_to_first(
             "rebasin with match=activations needs data=, the images that the models are to see."
         )
     for label, tensors in zip(labels, parents, strict=True):
-        _check_names(label, tensors, model)
+        _check_tensors(label, tensors, model)
     spec = find_groups(model, (how.height, how.width))
     if spec.share < _FEW:
         warn(
@@ -127,13 +127,16 @@ def align_to_first(
     )
 
 
-def _check_names(label: str, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+def _check_tensors(label: str, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
     odd = sorted(model.state_dict().keys() ^ tensors.keys())
     if odd:
         raise ModelError(
             f"{label} and {type(model).__name__} do not hold the same tensors: {odd[0]} and "
             f"{len(odd) - 1} more are in one of them only."
         )
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise ModelError(f"{label} cannot be aligned: its tensor {bad[0]} holds NaN or infinity.")
 
 
 def _match(

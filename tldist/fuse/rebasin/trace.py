@@ -94,7 +94,8 @@ class _Walk(fx.Interpreter):
             return _signals(result, None)
         if node.op == "get_attr":
             name = str(node.target)
-            return self.network.tensor(name) if self.network.may_move(name) else _signals(result, None)
+            own = self.network.tensor(name) if self.network.may_move(name) else None
+            return own or _signals(result, None)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self.known.__getitem__)
         call = Call(tuple(args), dict(kwargs), shape_of(result) if isinstance(result, Tensor) else ())
         if node.target in _DESCRIBES and not _holds_tensor(result):
