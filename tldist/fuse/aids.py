@@ -15,6 +15,7 @@ from tldist.bundle import WEIGHTS
 from tldist.domain import Domain
 from tldist.errors import RecipeError
 from tldist.files import atomic_file
+from tldist.fuse.aligned import with_aligned
 from tldist.fuse.in_weights import Merge, head_rows, merged_config
 from tldist.fuse.job import Job
 from tldist.fuse.statistics.adamerging import Learning, learn_coefficients
@@ -41,6 +42,8 @@ def with_aids(job: Job, merge: Merge) -> tuple[Merge, dict[str, Any]]:
     aid = merge.method.aid
     if aid is None:
         return merge, {}
+    if aid == "alignment":
+        return with_aligned(job, merge)
     if job.train is None and (aid == "coefficients" or not job.sources):
         raise RecipeError(f"method={job.recipe.method} needs data=, images of the target (or sources=).")
     if aid == "coefficients":

@@ -51,10 +51,14 @@ class Aligned:
 
     Attributes:
         tensors: of each model by name, in their own types; the first model's as they were.
+        spec: the groups that were permuted.
+        permutations: of each model but the first.
         notes: plain data: what was found and done.
     """
 
     tensors: list[dict[str, Tensor]]
+    spec: Spec
+    permutations: list[Permutations]
     notes: dict[str, Any]
 
 
@@ -102,11 +106,13 @@ def align_to_first(
             f"merged as it is, which rarely works for models that did not start from the same weights"
         )
     first, aligned, notes = parents[0], [dict(parents[0])], []
+    permutations = []
     for label, other in zip(labels[1:], parents[1:]):
         found = _match(first, other, model, spec, how, team, settings, domain, ledger)
         permuted = permute(other, spec, found)
         _check_function(label, model, other, permuted, how)
         aligned.append(permuted)
+        permutations.append(found)
         notes.append(
             {
                 "label": label,
@@ -117,6 +123,8 @@ def align_to_first(
         )
     return Aligned(
         aligned,
+        spec,
+        permutations,
         {
             "match": settings.match,
             "groups": len(spec.groups),

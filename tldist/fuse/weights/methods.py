@@ -116,7 +116,8 @@ class Method:
         models: how many it merges: at least, at most.
         base_share: the base's share in the merged model, which its BatchNorm statistics get too.
         defaults: of ``scale``, ``density`` and ``gamma``, from the method's paper.
-        aid: the statistics it reads beside the weights.
+        aid: what it needs beside the weights: statistics of data, learned coefficients, or models whose
+            hidden units were put into one order first.
         whole: whether ``merge`` must be given whole tensors in their own shape, not flat pieces.
     """
 
@@ -127,7 +128,7 @@ class Method:
     models: tuple[int, int | None] = (1, None)
     base_share: Callable[[Settings], float] = lambda settings: 0.0
     defaults: Mapping[str, float] = field(default_factory=dict)
-    aid: Literal["fisher", "gram", "coefficients", None] = None
+    aid: Literal["fisher", "gram", "coefficients", "alignment", None] = None
     whole: bool = False
 
     def apply(self, piece: Piece, settings: Settings) -> Array:
@@ -284,6 +285,12 @@ METHODS: dict[str, Method] = {
         uses=frozenset({"weights", "reduce"}),
         aid="gram",
         whole=True,
+    ),
+    "rebasin": Method(
+        lambda piece, s, _: average(piece.models, s.shares),
+        uses=frozenset({"weights", "match"}),
+        models=(2, None),
+        aid="alignment",
     ),
     "adamerging": Method(
         _learned,
