@@ -154,6 +154,7 @@ class Job:
         """
         assert self.domains.validation is not None
         self.team.same_buffers(self.student)
+        self.student.eval()  # the whole of it: the loop looks at the outermost module to go back to training
         if not self.by_accuracy:
             assert self.held is not None
             return judge(
@@ -177,7 +178,6 @@ class Job:
     @torch.no_grad()
     def _losses(self, batch: Batch, precision: str) -> tuple[Tensor, Tensor]:
         """Of a taught batch: the loss of each image, and whether student and teachers agree."""
-        self.student.eval()
         device = self.team.device
         inputs = input_tensor(batch.images.to(device), self.how, self.numerics.memory_format)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float16

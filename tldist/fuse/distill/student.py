@@ -25,7 +25,7 @@ def student_classes(teachers: Sequence[Teacher], domain: Domain, labels_share: f
 
 
 def student_labels(domain: Domain, classes: Sequence[str], labels_share: float) -> np.ndarray:
-    """int64 (N,), positions in ``classes``; -1 where there is no label among them, or labels have no share."""
+    """int64 (N,), positions in ``classes``; -1 where no label is one of them, or labels have no share."""
     if labels_share == 0 or domain.is_multilabel:
         return np.full(len(domain), -1, dtype=np.int64)
     place = {name: position for position, name in enumerate(classes)}
