@@ -59,9 +59,11 @@ def run(recipe: DistillRun) -> Distilled:
     return result
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> int:
+    """As a command; returns its exit code."""
     try:
-        run(read_recipe(DistillRun, sys.argv[1:]))
+        run(read_recipe(DistillRun, arguments))
     except TldistError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0

@@ -20,12 +20,15 @@ from tests.support_models import SMALL, make_bundle
 from tests.support_processes import run_ranks
 from tldist import distributed
 from tldist.bundle import BundleConfig, read_bundle
+from tldist.data.loader import Batch
+from tldist.data.order import StepPlan
 from tldist.domain import open_domain
 from tldist.errors import BundleError, DomainError, ModelError, RecipeError
+from tldist.features.cache import FeatureCache
 from tldist.fuse.distill.domains import split_target
 from tldist.fuse.distill.recipe import DistillRecipe
 from tldist.fuse.distill.run import Distilled
-from tldist.fuse.distill.targets import load_outputs
+from tldist.fuse.distill.targets import from_file, load_outputs
 from tldist.fuse.distill.teachers import answering, layout_of, load_teachers
 from tldist.models.load import load_bundle, save_bundle
 from tldist.models.zoo import describe_network
@@ -238,6 +241,28 @@ def test_distill__a_broken_image_teaches_nothing(
     distilled(halves, tmp_path / "data", tmp_path / "good", validation=0.0, batch_size=24)
     # One step an epoch, and its loss is the mean over whole images. The learning rate counts all images.
     assert losses(tmp_path / "bad")[0] == pytest.approx(losses(tmp_path / "good")[0], rel=1e-4)
+
+
+def test_outputs__of_an_image_that_could_not_be_read_then_teach_nothing_now() -> None:
+    outputs = torch.arange(12.0).view(2, 3, 2)
+    cache = FeatureCache(outputs.numpy(), np.array([True, False, True]), {1: "gone"}, True)
+    batch = Batch(
+        torch.zeros(2, 4, 4, 3, dtype=torch.uint8), torch.zeros(2), torch.tensor([1, 2]),
+        torch.tensor([True, True]), [], StepPlan(5, 3, 2, np.array([1, 2])),
+    )  # fmt: skip
+    teach = from_file(cache, np.array([7, 8, -1]))
+    found = teach(batch)
+    assert found.valid.tolist() == [False, True]
+    assert found.broken == [(1, "gone")]
+    assert found.labels.tolist() == [[8, 8, 9], [-1, 10, 11]], "epoch 3 of two views has the second"
+    assert teach(found).broken == [(1, "gone")]
+
+
+def test_distill__in_bf16_is_nearly_the_same(tmp_path: Path, root: Path, halves: list[Path]) -> None:
+    for precision in ("fp32", "bf16"):
+        distilled(halves, root / "few", tmp_path / precision, features=0.5, precision=precision)
+    assert losses(tmp_path / "bf16")[:2] == pytest.approx(losses(tmp_path / "fp32")[:2], rel=0.05)
+    assert weights(tmp_path / "bf16")["0.weight"].dtype == torch.float32
 
 
 def test_outputs__are_read_again_and_computed_again_where_anything_differs(

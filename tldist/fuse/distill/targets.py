@@ -164,6 +164,8 @@ def from_file(cache: FeatureCache, labels: np.ndarray) -> Teach:
 def from_teachers(answer: Callable[[Tensor], Tensor], labels: np.ndarray, device: torch.device) -> Teach:
     """Teach by asking the teachers what they see in these very pixels.
 
+    The loop counts that as waiting for data.
+
     Args:
         answer: of `answering`.
         labels: int64 (N,), of the domain that the batches come from; -1 where there is none.
