@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fuse.distill.driver import DistillRun, run
-from tests.fuse.distill.pupils import accuracy, train_teacher, unlabelled
+from tests.fuse.distill.pupils import accuracy, pixels, train_teacher, unlabelled
 from tests.support import make_images
 from tests.support_models import SMALL, make_bundle
 from tests.support_processes import run_ranks
@@ -26,9 +26,10 @@ from tldist.domain import open_domain
 from tldist.errors import BundleError, DomainError, ModelError, RecipeError
 from tldist.features.cache import FeatureCache
 from tldist.fuse.distill.domains import split_target
+from tldist.fuse.distill.judge import judge
 from tldist.fuse.distill.recipe import DistillRecipe
 from tldist.fuse.distill.run import Distilled
-from tldist.fuse.distill.targets import from_file, load_outputs
+from tldist.fuse.distill.targets import feature_moments, from_file, from_teachers, load_outputs
 from tldist.fuse.distill.teachers import answering, layout_of, load_teachers
 from tldist.models.load import load_bundle, save_bundle
 from tldist.models.zoo import describe_network
@@ -363,6 +364,44 @@ def test_processes__one_and_two_agree(tmp_path: Path, halves: list[Path], settin
                 a.pop(noise, None)
                 b.pop(noise, None)
             assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+
+
+def _moments_and_agreement(teacher: Path, folder: Path) -> tuple[Any, ...]:
+    """Runs in each rank: of the teacher's features, and of a student whose loss is an image's first logit."""
+    team, domain = distributed.start(), replace(open_domain(str(folder)), max_bad=0.1)
+    teachers = load_teachers([teacher], trust_code=True)
+    layout = layout_of(teachers, True)
+    answer = answering(teachers, layout, FP32)
+    mean, scale = feature_moments(answer, layout, domain, SMALL, team, workers=0)
+
+    def losses(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch.labels[:, 1], batch.labels[:, 1] > batch.labels[:, 2]
+
+    labels = np.full(len(domain), -1)
+    teach = from_teachers(answer, labels, team.device)
+    found = judge(losses, domain, SMALL, teach, team, batch_size=32)
+    return mean, scale, found.loss, found.agreement, found.count
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_processes__moments_and_agreement_are_those_of_whole_images(
+    tmp_path: Path, halves: list[Path], ranks: int
+) -> None:
+    folder = unlabelled(tmp_path / "d", "abc", 50)
+    whole = open_domain(str(folder))
+    net = load_bundle(halves[0], trust_code=True)[0].double()
+    with torch.no_grad():
+        features = net[:-1](pixels(whole, SMALL).double())
+        logits = net[-1](features)
+    (folder / "0-broken.png").write_bytes(b"not an image")
+    for found in run_ranks(_moments_and_agreement, ranks, halves[0], folder):
+        mean, scale, loss, agreement, count = found
+        assert torch.allclose(mean.double(), features.mean(0), atol=1e-6)
+        spread = (features.var(0, correction=0) + 1e-5).sqrt()
+        assert torch.allclose(scale.double(), spread, atol=1e-5)
+        assert count == 150
+        assert loss == pytest.approx(float(logits[:, 0].mean()), abs=1e-5)
+        assert agreement == float((logits[:, 0] > logits[:, 1]).double().mean())
 
 
 # -- what is refused -------------------------------------------------------------------------------------
