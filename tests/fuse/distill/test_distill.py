@@ -197,6 +197,29 @@ def test_distill__the_first_teacher_is_the_student_where_none_is_named(
     assert torch.allclose(found["6.weight"][:2], start["6.weight"], atol=1e-6)
 
 
+@pytest.mark.parametrize("data", ["few", "few_labelled"])
+def test_distill__best_and_last_weights(tmp_path: Path, root: Path, halves: list[Path], data: str) -> None:
+    # A learning rate that rises to where it harms: the last weights are not the best.
+    harmful = {"lr": 3.0, "warmup": 0.9, "epochs": 4, "validation": 0.4, "checkpoint": {"keep": 9}}
+    for select in ("best", "last"):
+        out = tmp_path / select
+        found = distilled(halves, root / data, out, select=select, calibrate=False, **harmful)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        key = (
+            (lambda m: m["val_distill_loss"])
+            if data == "few"
+            else (lambda m: (-m["val_accuracy"], m["val_loss"]))
+        )
+        measured = [line for line in lines if "loss" not in line]
+        best, last = min(measured, key=key)["step"], measured[-1]["step"]
+        assert best != last
+        step = best if select == "best" else last
+        assert found.notes["selected_step"] == step
+        kept = load_file(out / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+        for name, tensor in weights(out).items():
+            assert torch.equal(tensor, kept[f"net.{name}"]), name
+
+
 # -- the teachers' outputs -------------------------------------------------------------------------------
 
 

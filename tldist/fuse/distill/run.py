@@ -96,7 +96,7 @@ def _teach(job: Job, *, training: bool, once: bool) -> Teach:
     """What gives the rows of the train or the validation images."""
     domain = job.domains.train if training else job.domains.validation
     assert domain is not None
-    labels = student_labels(domain, job.classes, job.settings.labels_share)
+    labels = student_labels(domain, job.classes)
     if not once:
         return from_teachers(_answer(job), labels, job.team.device)
     outputs = load_outputs(

@@ -24,10 +24,8 @@ def student_classes(teachers: Sequence[Teacher], domain: Domain, labels_share: f
     return sort_names(names | set(taught))
 
 
-def student_labels(domain: Domain, classes: Sequence[str], labels_share: float) -> np.ndarray:
-    """int64 (N,), positions in ``classes``; -1 where no label is one of them, or labels have no share."""
-    if labels_share == 0 or domain.is_multilabel:
-        return np.full(len(domain), -1, dtype=np.int64)
+def student_labels(domain: Domain, classes: Sequence[str]) -> np.ndarray:
+    """int64 (N,), positions in ``classes``; -1 where a sample has none of them, or several."""
     place = {name: position for position, name in enumerate(classes)}
     table = [place.get(name, -1) for name in domain.classes]
     return np.array([*table, -1], dtype=np.int64)[domain.labels]
