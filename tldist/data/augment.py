@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torchvision.transforms import v2
 
 from tldist.data.order import seed_of
+from tldist.data.recipe import ViewRecipe
 from tldist.runtime.decode import Size, decode_rgb, open_image, upright_size
 from tldist.runtime.preprocess import OVERSAMPLE, Preprocessing, prepare, resize_box
 
@@ -31,6 +32,11 @@ class Augmentation:
     flip: bool = True
     brightness: float = 0.0
     policy: str = "none"
+
+    @classmethod
+    def of(cls, recipe: ViewRecipe) -> Augmentation:
+        """As the settings say."""
+        return cls(**{field.name: getattr(recipe, field.name) for field in fields(cls)})
 
 
 def augment(

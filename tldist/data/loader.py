@@ -25,7 +25,8 @@ class Batch:
 
     Attributes:
         images: uint8 (N, H, W, 3); zeros where an image is broken.
-        labels: int64 (N,), positions in the class list that the loader was given; -1: no label.
+        labels: int64 (N,), positions in the class list that the loader was given; -1: no label. Or floats
+            (N, ...), whatever the objective takes.
         indices: int64 (N,), positions in the domain.
         valid: bool (N,), False for broken images and for the filler of an empty share.
         broken: (index, reason) of the broken images.

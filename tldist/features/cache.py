@@ -31,6 +31,8 @@ from tldist.runtime.preprocess import Preprocessing
 from tldist.training.signals import StopFlag
 
 META, FEATURES = "meta.json", "features.npy"
+STORED: dict[str, type] = {"fp32": np.float32, "fp16": np.float16, "bf16": np.uint16}
+"""How each number format lies on disk; NumPy has no bf16."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class FeatureCache:
     """Features on disk, read by position.
 
     Attributes:
-        features: (V, N, ...) float32, or uint16 holding bf16; memory-mapped.
+        features: (V, N, ...) float32, float16, or uint16 holding bf16; memory-mapped.
         valid: bool (N,), False for broken images.
         broken: reasons by position.
         reused: whether an earlier run had computed them.
@@ -104,7 +106,7 @@ class FeatureCache:
     def read(self, view: int, indices: np.ndarray) -> Tensor:
         """float32 (len(indices), ...), in memory of its own."""
         rows = torch.from_numpy(np.array(self.features[view % len(self.features), indices]))
-        return rows.view(torch.bfloat16).float() if self.features.dtype == np.uint16 else rows
+        return (rows.view(torch.bfloat16) if self.features.dtype == np.uint16 else rows).float()
 
     def batches(
         self, plans: Iterable[StepPlan] | Iterable[np.ndarray], labels: np.ndarray
@@ -140,7 +142,7 @@ def default_folder() -> Path:
 
 def cache_bytes(shape: tuple[int, ...], images: int, views: int, dtype: str) -> int:
     """Bytes on disk of a cache of features of one image's ``shape``."""
-    return int(np.prod(shape)) * images * views * (2 if dtype == "bf16" else 4)
+    return int(np.prod(shape)) * images * views * np.dtype(STORED[dtype]).itemsize
 
 
 def open_cache(folder: Path, key: CacheKey) -> FeatureCache | None:
@@ -196,7 +198,7 @@ def fill_cache(
         Preempted: a process was asked to stop; nothing half-made stays.
     """
     full = (key.views, len(domain), *shape)
-    stored = np.uint16 if key.dtype == "bf16" else np.float32
+    stored = STORED[key.dtype]
 
     def begin() -> Path:
         _remove_abandoned(folder)
@@ -222,7 +224,7 @@ def fill_cache(
                 )
                 for place, batch in enumerate(loaded):
                     if stop is not None and place < in_common and team.any(stop.requested):
-                        raise Preempted("told to stop while computing the frozen part; it will start afresh")
+                        raise Preempted(f"told to stop ({label}); it will start afresh")
                     broken.update(batch.broken)
                     features[view, batch.indices.numpy()] = _as_stored(
                         compute(batch.images.to(team.device)), stored
@@ -249,7 +251,7 @@ def _remove_abandoned(folder: Path) -> None:
 def _as_stored(features: Tensor, stored: type) -> np.ndarray:
     if stored is np.uint16:
         return features.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
-    return features.float().cpu().numpy()
+    return features.float().cpu().numpy().astype(stored, copy=False)
 
 
 def _commit(temporary: Path, target: Path, meta: dict[str, Any]) -> None:

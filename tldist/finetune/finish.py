@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from tldist.data.loader import load_batches
-from tldist.errors import BundleError, ModelError
+from tldist.errors import ModelError
 from tldist.finetune.guards import Guards, below_probe
 from tldist.finetune.job import Job
 from tldist.finetune.stage import Work
@@ -18,7 +18,6 @@ from tldist.models.load import hash_tensors, input_tensor, save_bundle
 from tldist.progress import warn
 from tldist.runs import BUNDLE, Outcome, RunFolder
 from tldist.training.calibrate import calibration_error, fit_temperature
-from tldist.training.checkpoint import list_checkpoints
 from tldist.training.ledger import LEDGER
 from tldist.training.measure import Measurement
 
@@ -79,17 +78,9 @@ def finish(job: Job, work: Work | None, guards: Guards, seconds: float) -> None:
 
 def _select(job: Job) -> int:
     """Load the weights that become the bundle; returns the step that they are from."""
-    position = job.state.position
-    keep_best = job.recipe.select == "best" and position.best_step is not None
-    step = position.best_step if keep_best and position.best_step is not None else position.step
-    checkpoint = next((c for c in list_checkpoints(job.state.checkpoints) if c.step == step), None)
-    if checkpoint is None:
-        raise BundleError(
-            f"{job.state.checkpoints}: the checkpoint of step {step:,}, whose weights are to be kept, "
-            f"is gone. Start again with another out=, or with select=last."
-        )
+    checkpoint = job.state.kept(job.recipe.select == "best")
     job.model.load_state_dict(checkpoint.result(), strict=False)
-    return step
+    return checkpoint.step
 
 
 def _measure_result(job: Job, work: Work | None) -> tuple[Measurement, list[dict[str, Any]] | None]:

@@ -125,7 +125,7 @@ def load_frozen(
     """The features of a domain, from an earlier run or computed now by all processes together."""
     views = (recipe.augment.views or 1) if training else 1
     varies = training and not recipe.augment.is_deterministic
-    augmentation = augmentation_of(recipe) if varies else None
+    augmentation = Augmentation.of(recipe.augment) if varies else None
     key = make_key(
         part.prefix,
         domain,
@@ -153,11 +153,6 @@ def load_frozen(
             stop=stop,
         )
     return CachedFeatures(found, domain.labels_in(classes))
-
-
-def augmentation_of(recipe: FinetuneRecipe) -> Augmentation:
-    """The recipe's augmentation, as the loader takes it."""
-    return Augmentation(**recipe.augment.model_dump(exclude={"views", "mixup", "cutmix"}))
 
 
 def _compute(prefix: nn.Module, how: Preprocessing, numerics: Numerics) -> Callable[[Tensor], Tensor]:

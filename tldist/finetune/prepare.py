@@ -27,7 +27,7 @@ from tldist.training.optim import PullToStart
 from tldist.training.precision import settle_numerics
 from tldist.training.saver import Saver
 from tldist.training.signals import StopFlag
-from tldist.training.threads import count_operations, mean_image_bytes, threads_for_training
+from tldist.training.threads import settle_threads
 from tldist.training.track import Journal
 
 
@@ -94,7 +94,7 @@ def prepare(recipe: FinetuneRecipe, team: Team, journal: Journal, inputs: Inputs
         numerics=numerics,
         workers=workers,
         cores=torch.get_num_threads(),
-        threads=_threads(team, model, inputs, workers),
+        threads=settle_threads(team, model, (how.height, how.width), inputs.train, workers),
         frozen_names=frozen_names,
         frozen_before=frozen_before,
         adapters=adapters,
@@ -104,14 +104,6 @@ def prepare(recipe: FinetuneRecipe, team: Team, journal: Journal, inputs: Inputs
         stop=stop,
         resumed=resumed,
     )
-
-
-def _threads(team: Team, model: nn.Module, inputs: Inputs, workers: int) -> int:
-    cores = torch.get_num_threads()
-    if team.device.type != "cpu" or workers == 0 or cores == 1:
-        return cores
-    operations = count_operations(model, torch.zeros(1, 3, inputs.how.height, inputs.how.width))
-    return threads_for_training(cores, workers, mean_image_bytes(inputs.train), operations)
 
 
 def _check_shardable(recipe: FinetuneRecipe) -> None:

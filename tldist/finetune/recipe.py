@@ -8,8 +8,10 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tldist.data.recipe import ViewRecipe
 from tldist.domain.recipe import DataRecipe
 from tldist.recipe import Extendable, Free, Recipe
+from tldist.training.recipe import CheckpointRecipe
 
 _WHAT = re.compile(r"head|all|last:\d+|re:.+")
 
@@ -40,35 +42,15 @@ class OptimizerRecipe(Recipe):
     """Largest norm of the whole gradient; none: no clipping."""
 
 
-class AugmentRecipe(Recipe):
+class AugmentRecipe(ViewRecipe):
     """What changes an image from epoch to epoch; derived from (seed, epoch, sample), never saved."""
 
-    crop: tuple[float, float] | None = (0.35, 1.0)
-    """Train on a random part of this share of the area (least, most), resized; none: the centre, as in
-    evaluation."""
-    ratio: tuple[float, float] = (0.75, 1.3333)
-    """Least and greatest width-to-height ratio of that part."""
-    flip: bool = True
-    """Mirror half of the images left to right (not for digits and text)."""
-    brightness: float = Field(default=0.0, ge=0, lt=1)
-    """Scale the grey values by a random factor of up to 1 plus or minus this."""
-    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
-    """Random operations on each image: two of magnitude 9 (RandAugment, arXiv:1909.13719), or one of any
-    (TrivialAugment, arXiv:2103.10158)."""
     mixup: float = Field(default=0.0, ge=0)
     """Blend pairs of a process's images and labels with weights from Beta(a, a) (arXiv:1710.09412); 0: off.
     Which images meet depends on the number of processes."""
     cutmix: float = Field(default=0.0, ge=0)
     """Paste a part of one image into another, labels by area from Beta(a, a) (arXiv:1905.04899); 0: off. With
     mixup too, each batch takes one of both."""
-    views: int | None = Field(default=None, ge=1)
-    """Take this many fixed augmented views of each image in turn, epoch by epoch, instead of a new one each
-    time: the frozen part is then computed once a view."""
-
-    @property
-    def is_deterministic(self) -> bool:
-        """Whether an image always looks the same."""
-        return self.crop is None and not self.flip and not self.brightness and self.policy == "none"
 
     @property
     def mixes(self) -> bool:
@@ -130,15 +112,6 @@ class LoraRecipe(Recipe):
     """The change is scaled by alpha / rank; none: twice the rank."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout of the matrices' input."""
-
-
-class CheckpointRecipe(Recipe):
-    """What is saved while training, and when."""
-
-    every_steps: Free[int | None] = Field(default=None, ge=1)
-    """Save after this many steps too; a checkpoint is always saved at the end of an epoch."""
-    keep: Free[int] = Field(default=2, ge=1)
-    """How many of the newest checkpoints stay, besides the best."""
 
 
 class GuardRecipe(Recipe):

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tldist.data.augment import Augmentation
 from tldist.data.loader import Batch, load_batches
 from tldist.data.order import StepPlan
 from tldist.domain import Domain
-from tldist.finetune.frozen import CachedFeatures, FrozenPart, augmentation_of, load_frozen, plan_frozen
+from tldist.finetune.frozen import CachedFeatures, FrozenPart, load_frozen, plan_frozen
 from tldist.finetune.job import Job
 from tldist.finetune.phases import Phase
 from tldist.finetune.sweep import best_probe, each_probe, probe_rates, sweep_settings
@@ -48,7 +49,7 @@ class Work:
             plans,
             job.inputs.how,
             classes=job.inputs.classes,
-            augmentation=augmentation_of(job.recipe),
+            augmentation=Augmentation.of(job.recipe.augment),
             views=job.recipe.augment.views,
             seed=job.recipe.seed,
             workers=job.workers,

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -13,19 +14,19 @@ from torch.optim.swa_utils import AveragedModel
 from tldist.data.loader import Batch
 from tldist.data.order import steps_per_epoch
 from tldist.distributed import Team
-from tldist.errors import Preempted
+from tldist.errors import BundleError, Preempted
 from tldist.progress import progress_bar, say
 from tldist.runs import CHECKPOINTS, RunFolder
 from tldist.training.checkpoint import (
     OPTIMIZER,
     Checkpoint,
     Position,
+    list_checkpoints,
     newest_checkpoint,
     restore_weights,
 )
 from tldist.training.ledger import Ledger
 from tldist.training.loop import Learner, train
-from tldist.training.measure import Measurement
 from tldist.training.optim import load_optimizer_tensors
 from tldist.training.saver import Saver
 from tldist.training.signals import StopFlag
@@ -34,6 +35,28 @@ from tldist.training.window import Window
 
 LOG_LINES = 200
 """About how many lines of training loss a run writes."""
+
+
+class Measured(Protocol):
+    """What a measurement has to say of the weights of now."""
+
+    @property
+    def score(self) -> float:
+        """What the best has most of."""
+        ...
+
+    @property
+    def loss(self) -> float:
+        """What it has least of, where scores are equal."""
+        ...
+
+    def better_than(self, score: float, loss: float) -> bool:
+        """Whether it is better than an earlier one."""
+        ...
+
+    def numbers(self) -> dict[str, float]:
+        """What is logged of it."""
+        ...
 
 
 @dataclass
@@ -64,7 +87,7 @@ class Fit:
     epochs: int
     validates: bool
     saver: Saver
-    validate: Callable[[str], Measurement] | None = None
+    validate: Callable[[str], Measured] | None = None
     every_steps: int | None = None
     patience: int | None = None
 
@@ -82,6 +105,25 @@ class Fit:
     def total_steps(self) -> int:
         """Steps of the whole training."""
         return self.epoch_steps * self.epochs
+
+    def kept(self, best: bool) -> Checkpoint:
+        """The checkpoint whose weights are the result.
+
+        Args:
+            best: that of the best measurement, where there was one; else the last.
+
+        Raises:
+            BundleError: it is gone.
+        """
+        best_step = self.position.best_step if best else None
+        step = self.position.step if best_step is None else best_step
+        found = next((c for c in list_checkpoints(self.checkpoints) if c.step == step), None)
+        if found is None:
+            raise BundleError(
+                f"{self.checkpoints}: the checkpoint of step {step:,}, whose weights are to be kept, "
+                f"is gone. Start again with another out=, or with select=last."
+            )
+        return found
 
     @property
     def is_measured(self) -> bool:
@@ -214,10 +256,7 @@ def _validate(state: Fit) -> bool:
     best = position.best
     if best is None or found.better_than(best["score"], best["loss"]):
         position.best = {"step": position.step, "score": found.score, "loss": found.loss}
-    more = {} if found.score == found.accuracy else {"val_score": found.score}
-    state.journal.log(
-        step=position.step, epoch=epoch, val_accuracy=found.accuracy, val_loss=found.loss, **more
-    )
+    state.journal.log(step=position.step, epoch=epoch, **found.numbers())
     return True
 
 

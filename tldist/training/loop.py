@@ -203,7 +203,9 @@ def _pieces(batch: Batch, pieces: int, device: torch.device) -> Iterator[tuple[T
     Broken images are left out; a piece without images is one image of weight 0, which keeps the process in
     step with the others.
     """
-    images, labels = batch.images, batch.labels.clamp(min=0)
+    images, labels = batch.images, batch.labels
+    if not labels.is_floating_point():
+        labels = labels.clamp(min=0)
     if not batch.valid.all() and batch.valid.any():
         images, labels = images[batch.valid], labels[batch.valid]
     left = int(batch.valid.sum())

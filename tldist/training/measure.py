@@ -62,6 +62,11 @@ class Measurement:
         """Whether it has the higher score; where scores are equal, the lower loss."""
         return (self.score, -self.loss) > (score, -loss)
 
+    def numbers(self) -> dict[str, float]:
+        """What a training logs of it."""
+        more = {} if self.score == self.accuracy else {"val_score": self.score}
+        return {"val_accuracy": self.accuracy, "val_loss": self.loss, **more}
+
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data."""
         names = ("accuracy", "loss", "count", "broken")

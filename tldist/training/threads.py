@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tldist.distributed import Team
 from tldist.domain import Domain
 from tldist.runtime.decode import BadImage
 
@@ -33,6 +34,23 @@ def own_threads() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def settle_threads(team: Team, model: nn.Module, size: tuple[int, int], domain: Domain, workers: int) -> int:
+    """Threads that training shall take beside this process's decoding processes.
+
+    Args:
+        team: the processes, and the device.
+        model: what learns, on it.
+        size: height and width of its input.
+        domain: what is decoded.
+        workers: decoding processes.
+    """
+    cores = torch.get_num_threads()
+    if team.device.type != "cpu" or workers == 0 or cores == 1:
+        return cores
+    operations = count_operations(model, torch.zeros(1, 3, *size))
+    return threads_for_training(cores, workers, mean_image_bytes(domain), operations)
 
 
 def threads_for_training(cores: int, workers: int, image_bytes: float, operations: float) -> int:
