@@ -91,3 +91,44 @@ def test_families__say_what_they_need(tmp_path: Path, models: list[Path], data: 
         api.fuse(method="ensemble", ensemble="stacking", weights=(1, 2), data=data, **common)
     with pytest.raises(RecipeError, match="classes of data="):
         api.fuse(method="concat", **common)
+
+
+def test_distill__two_half_models_teach_one_student(tmp_path: Path, data: Path) -> None:
+    """Each teacher knows two of three classes; the student, of another architecture, answers all."""
+    classes = open_domain(data).classes
+    teachers = []
+    for number, known in enumerate((classes[:2], classes[1:])):
+        part = tmp_path / f"part{number}"
+        for split in ("train", "val"):
+            for name in known:
+                (part / split).mkdir(parents=True, exist_ok=True)
+                (part / split / name).symlink_to(data / split / name)
+        api.finetune(
+            data=part, model="tests.nets:plain_cnn", weights="none", out=tmp_path / f"t{number}", epochs=12,
+            batch_size=8, optimizer={"lr": 5e-3}, seed=number, trust_code=True, workers=0, image_size=32,
+        )  # fmt: skip
+        teachers.append(tmp_path / f"t{number}")
+    outcome = api.fuse(
+        bundles=teachers,
+        method="distill",
+        data=data,
+        distill={
+            "model": "tests.nets:plain_cnn",
+            "weights": "none",
+            "epochs": 12,
+            "lr": 5e-3,
+            "batch_size": 12,
+            "augment": False,
+            "labels_share": 0.0,
+        },
+        out=tmp_path / "run",
+        trust_code=True,
+        workers=0,
+    )
+    assert read_bundle(tmp_path / "run")[1].classes == classes
+    assert outcome.values["accuracy"] > 2 / 3  # more than either teacher can reach
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["before"] == {}  # neither knows all classes of data=
+    assert not (tmp_path / "run" / "work").exists()
+    lineage = read_bundle(tmp_path / "run")[1].lineage
+    assert [row["identity"] for row in lineage["parents"]] == [read_bundle(t)[1].identity for t in teachers]

@@ -15,6 +15,7 @@ from tldist.files import canonical_json, sha256_text
 from tldist.fuse.aids import with_aids
 from tldist.fuse.batchnorm import batchnorm_layers
 from tldist.fuse.composites import fuse_features, fuse_outputs
+from tldist.fuse.distilled import fuse_by_distillation
 from tldist.fuse.in_weights import clear_work, fuse_in_weights, whole_merge
 from tldist.fuse.job import Fused, Job
 from tldist.fuse.labels import plan_classes
@@ -40,6 +41,7 @@ from tldist.training.measure import Measurement
 FAMILIES: dict[str, Callable[[Job], Fused]] = {
     "ensemble": fuse_outputs,
     "concat": fuse_features,
+    "distill": fuse_by_distillation,
     "greedy_soup": greedy_soup,
     "search": search,
 }
@@ -170,7 +172,8 @@ def _compare(fused: Fused) -> None:
 def _finish(job: Job, fused: Fused, before: dict[str, Measurement]) -> None:
     """Write bundle and summary; called by all processes together."""
     after = fused.after
-    metrics = {"target_accuracy": after.accuracy, "target_loss": after.loss} if after else {}
+    measured = {"target_accuracy": after.accuracy, "target_loss": after.loss} if after else {}
+    metrics = {**fused.config.metrics, **measured}
     config = replace(fused.config, lineage=_lineage(job, fused), metrics=metrics)
 
     def write() -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from tldist.domain.recipe import DataRecipe
+from tldist.fuse.distill.recipe import DistillRecipe
 from tldist.recipe import Free, Recipe
 
 
@@ -131,6 +132,8 @@ class FuseRecipe(Recipe):
     """How its coefficients are learned."""
     search: SearchRecipe = SearchRecipe()
     """What method=search tries."""
+    distill: DistillRecipe = DistillRecipe()
+    """How method=distill teaches a student; distill=NAME is its architecture."""
     raw: bool = False
     """Merge any safetensors files or folders with equal tensor names and shapes, Hugging Face's shards
     included, without knowing what they are: needs no torch."""

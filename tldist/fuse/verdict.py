@@ -33,7 +33,7 @@ def _table(summary: dict[str, Any]) -> str:
         rows += [("merged, statistics pooled", summary["merged"])]
         rows += [("merged, statistics re-estimated", summary["after"])]
     else:
-        rows += [("merged", summary["after"])]
+        rows += [("result", summary["after"])]
     width = max(len(label) for label, _ in rows)
     head = f"{'model'.ljust(width)}  accuracy  loss"
     return "\n".join(
