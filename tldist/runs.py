@@ -17,6 +17,7 @@ from tldist.files import read_json, remove_leftovers, write_json, write_text
 from tldist.recipe import FREE, Recipe, check_same_run, field_kind, read_yaml
 
 RECIPE = "recipe.yaml"
+INPUTS = "inputs.json"
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -122,9 +123,9 @@ def open_run(stage: str, out: Path, recipe: Recipe, inputs: dict[str, str]) -> R
     Raises:
         RecipeError: the folder holds another stage's run, other settings, other inputs, or other files.
     """
-    recipe_file, inputs_file = out / RECIPE, out / "inputs.json"
+    recipe_file, inputs_file = out / RECIPE, out / INPUTS
     if not recipe_file.is_file():
-        if out.exists() and any(entry for entry in out.iterdir() if not entry.name.startswith(".tmp-")):
+        if out.exists() and any(entry for entry in out.iterdir() if not _is_of_a_start(entry)):
             raise RecipeError(f"{out} exists and is not a tldist run; choose another out= or remove it.")
         out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
@@ -147,6 +148,11 @@ def open_run(stage: str, out: Path, recipe: Recipe, inputs: dict[str, str]) -> R
     finished = folder.summary.get("status") == "done" and old == _with_free_fields(old, recipe)
     recipe.write(recipe_file)
     return RunFolder(out, stage, resumed=True, finished=finished)
+
+
+def _is_of_a_start(entry: Path) -> bool:
+    """Whether a file is what a start that was killed before its recipe was written leaves behind."""
+    return entry.name.startswith(".tmp-") or entry.name == INPUTS
 
 
 def _with_free_fields(old: Recipe, new: Recipe) -> Recipe:

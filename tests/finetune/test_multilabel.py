@@ -219,7 +219,7 @@ def test_fuse__keeps_the_task_and_refuses_to_mix(run_folder: Path, data: Path, t
 
     make_images(tmp_path / "one", {"blue": 6, "green": 6, "red": 6})
     finetune(tmp_path / "one", tmp_path / "single", {"epochs": 1})
-    with pytest.raises(BundleError, match="They cannot be merged"):
+    with pytest.raises(BundleError, match="They cannot be fused"):
         api.fuse(
             bundles=[run_folder, tmp_path / "single"], method="average", out=tmp_path / "g", trust_code=True
         )

@@ -17,6 +17,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "onnx",
         "onnxscript",
         "torchmetrics",
+        "scipy",
+        "ml_dtypes",
         "imagehash",
         "tensorboard",
         "onnxruntime",
@@ -31,8 +33,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 
 DISTRIBUTIONS = (
     "numpy", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "torchvision", "accelerate", "onnx",
-    "onnxscript", "onnxruntime", "onnxruntime-gpu", "pyarrow", "torchmetrics", "imagehash", "tensorboard",
-    "matplotlib", "scikit-learn",
+    "onnxscript", "onnxruntime", "onnxruntime-gpu", "pyarrow", "torchmetrics", "scipy", "ml-dtypes",
+    "imagehash", "tensorboard", "matplotlib", "scikit-learn",
 )  # fmt: skip
 
 

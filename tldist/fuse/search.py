@@ -191,5 +191,7 @@ def _draw(job: Job, table: list[dict[str, Any]], sources: list[str]) -> None:
     target = job.validation.name if job.validation else "target"
     series = {target: [row["accuracy"] for row in table]}
     series |= {name: [row["sources"].get(name) for row in table] for name in sources}
-    svg = pictures.ranking([row["name"] for row in table], series, "accuracy")
+    parents = [row["name"] for row in table if row["kind"] == "parent"]
+    short = dict(zip(parents, short_names(parents)))
+    svg = pictures.ranking([short.get(row["name"], row["name"]) for row in table], series, "accuracy")
     write_text(job.folder.path / "search.svg", pictures.as_file(svg))
