@@ -23,6 +23,7 @@ HEAVY = ("torch", "torchvision", "accelerate")
 BASE = (
     "tldist.errors",
     "tldist.files",
+    "tldist.allocator",
     "tldist.recipe",
     "tldist.settings_help",
     "tldist.bundle",

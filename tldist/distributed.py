@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -25,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tldist import __version__
+from tldist.allocator import keep_freed_memory
 from tldist.errors import MachineError, TldistError
 from tldist.files import canonical_json
 from tldist.recipe import Recipe, fixed_values
@@ -33,9 +32,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
 
 _TIMEOUT_SECONDS = 600
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_MAP_ABOVE = (1 << 30, 32 << 20)
-"""Bytes from which memory is mapped by itself: as asked for, and the most that older libraries take."""
 _MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -211,7 +207,7 @@ def start() -> Team:
         timeout = datetime.timedelta(seconds=int(os.environ.get("TLDIST_TIMEOUT_SECONDS", _TIMEOUT_SECONDS)))
         PartialState(cpu=not has_gpu, timeout=timeout)
         if not has_gpu:
-            _keep_memory()
+            keep_freed_memory()
     state = PartialState()
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if state.num_processes != expected:
@@ -257,20 +253,6 @@ def launcher_precision() -> Precision | None:
     """The mixed precision that the launcher's configuration asks for, if it asks."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return asked if asked in ("bf16", "fp16") else None  # type: ignore[return-value]
-
-
-def _keep_memory() -> None:
-    """Let freed memory stay with the process, where the C library can (glibc).
-
-    By default each large tensor is mapped, filled with zeros page by page and unmapped again, in every step:
-    a third of the time of training on a CPU.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for threshold in _MAP_ABOVE:
-            if mallopt(_M_MMAP_THRESHOLD, threshold):
-                break
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _check_launcher() -> None:

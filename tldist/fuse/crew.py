@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from tldist.allocator import keep_freed_memory
 from tldist.files import atomic_folder
 from tldist.fuse.weights.stream import Fusion, core_count, plan_targets, write_merged
 from tldist.progress import progress_bar
@@ -69,6 +70,7 @@ def merge_together(
     Returns:
         Bytes of the merged tensors.
     """
+    keep_freed_memory()
     total = sum(target.slot.bytes for target in plan_targets(fusion))
     with _result_folder(out, crew) as folder, progress_bar(total, "B", label, keep=False, scale=True) as bar:
         write_merged(

@@ -20,7 +20,7 @@ from tldist.fuse.crew import Alone, Crew, merge_together
 from tldist.fuse.recipe import FuseRecipe
 from tldist.fuse.settings import check_recipe, is_of_tensors, make_settings, say_unused, weight_method
 from tldist.fuse.weights.files import INDEX, Weights, open_weights
-from tldist.fuse.weights.stream import Fusion, plan_targets
+from tldist.fuse.weights.stream import Fusion, core_count, plan_targets
 from tldist.progress import show_plan
 from tldist.runs import Outcome, RunFolder, open_run, recorded
 
@@ -106,12 +106,12 @@ def _shape_of(models: Sequence[Weights]) -> str:
 
 @contextmanager
 def _hashing(fusion: Fusion, enabled: bool) -> Iterator[Callable[[], dict[str, str] | None]]:
-    """Hash the inputs on a thread of its own while the merge goes on."""
+    """Hash the inputs on threads of their own while the merge goes on."""
     if not enabled:
         yield lambda: None
         return
     files = [str(file) for model in fusion.everyone for file in model.files]
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(core_count()) as pool:
         found: dict[str, Future[str]] = {file: pool.submit(sha256_file, file) for file in files}
         try:
             yield lambda: {file: future.result() for file, future in found.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
 _NOTHING = 1e-30
 _RANK = 1e-6
@@ -105,6 +104,8 @@ def _merge_block(
 def _solve(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
     """``matrix^-1 right`` for a positive matrix with ones on its diagonal; the shortest of the solutions
     where it is singular."""
+    from scipy.linalg import LinAlgError, cho_factor, cho_solve  # a tenth of a second that few merges need
+
     try:
         factor = cho_factor(matrix, lower=True)
         if np.diagonal(factor[0]).min() ** 2 > _RANK:

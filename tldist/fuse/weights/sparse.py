@@ -70,7 +70,9 @@ def trimmed(model: Array, base: Array, band: Band) -> Array:
 def dropped(model: Array, base: Array, mask: Mask, density: float) -> Array:
     """DARE: the task vector with the entries outside of a random mask dropped and the others divided by the
     density, arXiv:2311.03099, eq. 3 (its p is 1 - density)."""
-    return (model - base) * mask * np.float32(1 / density)
+    delta = (model - base) * mask
+    delta *= np.float32(1 / density)
+    return delta
 
 
 def random_mask(key: tuple[int, str, int], start: int, shape: tuple[int, ...], density: float) -> Mask:
@@ -87,7 +89,7 @@ def random_mask(key: tuple[int, str, int], start: int, shape: tuple[int, ...], d
         return np.ones(shape, bool)
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     bits = np.random.PCG64DXSM(int.from_bytes(digest[:16], "little"))
-    bits.advance(start // 2)  # each draw of 64 bits serves two entries
+    bits.advance(start // 2)  # 64 bits serve two entries
     draws = np.atleast_1d(bits.random_raw((count + 1) // 2)).view(np.uint32)[:count]
     mask: Mask = (draws < np.uint32(density * 2**32)).reshape(shape)
     return mask
@@ -114,18 +116,24 @@ def elected_sum(
         scale: the paper's lambda.
         mean: divide by the weights of those that took part (TIES); else the sum (DARE with TIES' election).
     """
-    parts = [np.float32(weight) * delta for delta, weight in zip(deltas, weights)]
-    elected = parts[0].copy()
-    for part in parts[1:]:
-        elected += part
-    positive = elected >= 0
-    total = np.zeros_like(base)
-    share = np.zeros_like(base) if mean else None
-    for part, weight in zip(parts, weights):
-        agrees = ((part > 0) == positive) & (part != 0)
-        total += part * agrees
-        if share is not None:
-            share += np.float32(weight) * agrees
-    if share is not None:
-        np.divide(total, share, out=total, where=share != 0)
-    return base + np.float32(scale) * total
+    above, below = np.zeros_like(base), np.zeros_like(base)  # twice the sums of what is above and below zero
+    sides = (np.zeros_like(base), np.zeros_like(base))  # the weights of what is
+    for delta, weight in zip(deltas, weights):
+        part = np.float32(weight) * delta
+        size = np.abs(part)
+        above += part + size
+        below += part - size
+        if mean:
+            sides[0][...] += (part > 0) * np.float32(weight)
+            sides[1][...] += (part < 0) * np.float32(weight)
+    positive = above >= -below
+    total = above * positive
+    total += below * ~positive
+    if mean:
+        share = sides[0] * positive
+        share += sides[1] * ~positive
+        share += share == 0
+        total /= share
+    total *= np.float32(scale / 2)
+    total += base
+    return total
