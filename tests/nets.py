@@ -98,3 +98,23 @@ class _Slow(nn.Module):
 def slow_cnn(num_classes: int) -> nn.Module:
     """`recording_cnn`, slow when it is measured."""
     return nn.Sequential(_Slow(), *recording_cnn(num_classes))
+
+
+class _Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 4, 4)
+        self.first, self.second = nn.Linear(24, 24, bias=False), nn.Linear(24, 24, bias=False)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(24, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.stem(images).mean((2, 3))
+        return self.head(self.second(self.first(features).relu()).relu())
+
+
+def tied_cnn(num_classes: int) -> nn.Module:
+    """A network with tied weights."""
+    return _Tied(num_classes)

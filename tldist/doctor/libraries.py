@@ -19,6 +19,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "torchmetrics",
         "scipy",
         "ml_dtypes",
+        "blake3",
         "imagehash",
         "tensorboard",
         "onnxruntime",

@@ -140,7 +140,7 @@ class FuseRecipe(Recipe):
     shard_gb: float | None = Field(default=None, gt=0)
     """raw: split the result into files of at most so many GB, with an index; none: one file."""
     hash: Free[bool] = True
-    """raw: record the SHA-256 of every input, computed beside the merge."""
+    """raw: record the BLAKE3 hash of every input (as b3sum prints it), computed beside the merge."""
     batch_size: int = Field(default=64, ge=2)
     """Images in one batch, on one process: BatchNorm statistics are those of whole batches."""
     seed: int = Field(default=0, ge=0)

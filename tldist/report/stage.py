@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tldist import pictures
+from tldist.report.fusion import choice_pictures, choice_tables
 from tldist.report.page import Confusion, Picture, Section, Table
 from tldist.report.text import facts, is_number, name_of, read_mapping, read_settings, short, show
 from tldist.runs import SUMMARY, RunFolder
@@ -53,8 +54,11 @@ def read_stage(folder: Path) -> Section:
         headline=_headline(last),
         facts=facts(summary, [*scalars, *_MADE]),
         notes=list(_notes(summary)),
-        pictures=list(_curves(RunFolder(folder, stage).read_metrics(), summary.get("selected_step"))),
-        tables=[*_measurements(measured), *_confusion_tables(measured[-1:])],
+        pictures=[
+            *_curves(RunFolder(folder, stage).read_metrics(), summary.get("selected_step")),
+            *choice_pictures(summary),
+        ],
+        tables=[*_measurements(measured), *choice_tables(summary), *_confusion_tables(measured[-1:])],
         confusions=list(_confusions(measured[-1:])),
         settings=read_settings(folder),
     )
