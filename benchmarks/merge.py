@@ -49,6 +49,7 @@ class Run:
 
 def run(*command: str, cwd: Path | None = None) -> Run:
     """Run a command to its end; its memory is looked at every 5 ms."""
+    os.sync()  # what the run before has left to write is not this one's
     begin = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
         child = subprocess.Popen(command, cwd=cwd, stdout=output, stderr=subprocess.STDOUT)

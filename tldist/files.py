@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from tldist.errors import TldistError
 
 _TEMPORARY = ".tmp-"
+_WORTH_STARTING = 1 << 16
 _ASIDE = re.compile(r"\.tmp-[0-9a-f]{12}-old-(.+)")
 
 
@@ -42,6 +45,18 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def start_writing_back(handle: int, offset: int, size: int) -> None:
+    """Let the system begin to bring written bytes to the disk, where it can (Linux): `sync` waits less then.
+
+    Args:
+        handle: of the file.
+        offset, size: in bytes; of less than a page or two nothing is begun.
+    """
+    if sys.platform == "linux" and size >= _WORTH_STARTING:
+        write = 2  # SYNC_FILE_RANGE_WRITE; an error here only means that sync has more to do
+        ctypes.CDLL(None).sync_file_range(handle, ctypes.c_int64(offset), ctypes.c_int64(size), write)
 
 
 def _umask() -> int:

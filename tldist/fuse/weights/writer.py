@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tldist.bundle import WEIGHTS
-from tldist.files import write_json
+from tldist.files import start_writing_back, write_json
 from tldist.fuse.weights.files import INDEX, Entry, numpy_dtype
 
 _ALIGNMENT = 8
@@ -135,7 +135,9 @@ class Writer:
         entry = self.entries[name]
         whole = np.ascontiguousarray(values, dtype=numpy_dtype(entry.dtype))
         left = whole.reshape(-1).view(np.uint8).data
-        place = entry.offset + start * entry.itemsize
+        begin = place = entry.offset + start * entry.itemsize
+        handle = self._handles[entry.file]
         while left:
-            done = os.pwrite(self._handles[entry.file], left, place)
+            done = os.pwrite(handle, left, place)
             left, place = left[done:], place + done
+        start_writing_back(handle, begin, place - begin)
