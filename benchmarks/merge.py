@@ -10,6 +10,7 @@ the number of models. Needs 8 (12) GB of disk in ``--work``, removed at the end.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
