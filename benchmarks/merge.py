@@ -135,7 +135,7 @@ def speed(work: Path, mergekit: Path | None, turns: int) -> None:
     durable = _copy_seconds(files[:-1], work / "copies", turns, " && sync -f")
     print(f"cp of the four inputs: {copy:.2f} s, and until they are on the disk {durable:.2f} s\n")
     print(
-        "| method | mergekit | tldist | ratio | merge alone | cp + sync / merge | mergekit's memory | tldist's |"
+        "| method | mergekit | tldist | ratio | merge alone | cp+sync / it | mergekit's memory | tldist's |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for method in METHODS:

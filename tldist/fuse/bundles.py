@@ -18,7 +18,7 @@ from tldist.fuse.composites import fuse_features, fuse_outputs
 from tldist.fuse.distilled import fuse_by_distillation
 from tldist.fuse.in_weights import clear_work, fuse_in_weights, whole_merge
 from tldist.fuse.job import Fused, Job
-from tldist.fuse.labels import plan_classes
+from tldist.fuse.labels import Choice, Heads, plan_classes
 from tldist.fuse.parents import check_fit, check_tasks, read_parents
 from tldist.fuse.recipe import FuseRecipe
 from tldist.fuse.search import search
@@ -76,7 +76,7 @@ def fuse_bundles(recipe: FuseRecipe) -> Outcome:
 
 def _merge(job: Job) -> Fused:
     """One merge in weight space, or the best of a curve of them."""
-    if job.recipe.curve:
+    if job.recipe.curve and "alpha" in job.method.uses:
         return best_of_curve(job)
     merge, notes = with_aids(job, whole_merge(job))
     fused = fuse_in_weights(job, merge)
@@ -107,12 +107,21 @@ def _read(recipe: FuseRecipe, team: Team) -> Job:
         sources=[open_domain(path) for path in recipe.sources or ()],
         labels=plan_classes(
             [(parent.label, parent.config.classes) for parent in parents],
-            "rebuild" if recipe.method == "concat" else recipe.heads,
-            recipe.classes,
+            *_classes_rule(recipe),
             target,
         ),
         workers=num_workers(recipe.workers, team.local_size),
     )
+
+
+def _classes_rule(recipe: FuseRecipe) -> tuple[Heads, Choice]:
+    """How heads come together; what stays side by side has its own."""
+    fixed: dict[str, tuple[Heads, Choice]] = {
+        "concat": ("rebuild", "target"),
+        "ensemble": ("merge", recipe.classes),
+        "distill": ("merge", "union"),
+    }
+    return fixed.get(recipe.method, (recipe.heads, recipe.classes))
 
 
 def _identities(job: Job) -> dict[str, str]:
@@ -212,9 +221,7 @@ def _lineage(job: Job, fused: Fused) -> dict[str, Any]:
         **{name: getattr(job.settings, name) for name in used},
         "data": job.data.name if job.data else "none",
         "data_fingerprint": job.data.fingerprint if job.data else None,
-        "batchnorm": f"re-estimated on {fused.batches} batches"
-        if fused.batches
-        else "pooled from the parents",
+        "batchnorm": f"re-estimated on {fused.batches} batches" if fused.batches else "as merged",
         "notes": fused.notes,
         "recipe": job.recipe.model_dump(mode="json"),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -121,20 +120,18 @@ class Job:
         return agreed_statistics(self.everyone)
 
     @cached_property
-    def _kept(self) -> dict[tuple[str, tuple[str, ...], Preprocessing], KeptBatches]:
+    def _kept(self) -> dict[tuple[str, Preprocessing], KeptBatches]:
         return {}
 
     @cached_property
     def _scores(self) -> dict[str, dict[str, Measurement]]:
         return {}
 
-    def batches(
-        self, domain: Domain, how: Preprocessing, classes: Sequence[str] | None = None
-    ) -> KeptBatches:
-        """The decoded images of a domain, decoded once for all models that see them alike."""
-        key = (domain.fingerprint, tuple(classes or ()), how)
+    def batches(self, domain: Domain, how: Preprocessing) -> KeptBatches:
+        """The images of a domain, decoded once for all models that see them alike."""
+        key = (domain.fingerprint, how)
         if key not in self._kept:
-            self._kept[key] = KeptBatches(domain, how, classes=classes, workers=self.workers)
+            self._kept[key] = KeptBatches(domain, how, workers=self.workers)
         return self._kept[key]
 
     def measure(
@@ -155,7 +152,7 @@ class Job:
             batch_size=self.recipe.batch_size,
             ledger_file=self.folder.path / "bad_test_images.jsonl",
             label=label,
-            load=self.batches(domain, how, config.classes),
+            load=self.batches(domain, how).labelled(config.classes),
             keep_logits=keep_logits,
         )
 

@@ -21,7 +21,7 @@ from tldist.fuse.recipe import FuseRecipe
 from tldist.fuse.settings import check_recipe, is_of_tensors, make_settings, say_unused, weight_method
 from tldist.fuse.weights.files import INDEX, Weights, open_weights
 from tldist.fuse.weights.stream import Fusion, core_count, plan_targets
-from tldist.progress import show_plan
+from tldist.progress import show_plan, warn
 from tldist.runs import Outcome, RunFolder, open_run, recorded
 
 RESULT = "weights"
@@ -76,6 +76,8 @@ def _plan(recipe: FuseRecipe) -> Fusion:
         raise RecipeError(f"method={recipe.method} needs bundles: raw=true knows tensors, not models.")
     check_recipe(recipe, method)
     say_unused(recipe, method.uses)
+    if recipe.data is not None:
+        warn("data= is not used: raw=true knows tensors, not models")
     models = [open_weights(path) for path in recipe.bundles]
     base = open_weights(recipe.base) if recipe.base is not None and "base" in method.uses else None
     fusion = Fusion(models, base, method, make_settings(recipe, method))

@@ -15,15 +15,20 @@ SELECTIONS = ("greedy_soup", "search")
 """Methods that choose among merges by measuring them."""
 COMPOSITES = ("ensemble", "concat", "distill")
 """Methods for models of any architectures."""
+_OF_BUNDLES = frozenset({"classes", "heads", "statistics"})
 _USED = {
-    "greedy_soup": frozenset({"weights"}),
-    "search": frozenset({"base", "weights"}),
-    "ensemble": frozenset({"weights"}),
+    "greedy_soup": frozenset({"weights", *_OF_BUNDLES}),
+    "search": frozenset({"base", "weights", "sources", *_OF_BUNDLES}),
+    "ensemble": frozenset({"weights", "classes"}),
     "concat": frozenset[str](),
     "distill": frozenset({"weights"}),
 }
 """What the methods take note of that are not one merge in weight space."""
-_SETTINGS = ("base", "weights", "alpha", "scale", "density", "gamma", "curve", "match", "reduce")
+_SETTINGS = (
+    "base", "weights", "sources", "alpha", "curve", "scale", "density", "gamma", "match", "reduce", "classes",
+    "heads", "statistics",
+)  # fmt: skip
+"""Settings that some methods have no use for."""
 
 
 def weight_method(name: str) -> Method:
@@ -86,10 +91,12 @@ def check_recipe(recipe: FuseRecipe, method: Method) -> None:
 
 
 def used_settings(name: str, method: Method) -> frozenset[str]:
-    """The settings that a method takes note of."""
+    """The settings that a method takes note of when it fuses bundles."""
     if name in _USED:
         return _USED[name]
-    return method.uses | {"curve"} if "alpha" in method.uses else method.uses
+    more = {"curve"} if "alpha" in method.uses else set()
+    more |= {"sources"} if method.aid in ("fisher", "gram") else set()
+    return method.uses | _OF_BUNDLES | more
 
 
 def say_unused(recipe: FuseRecipe, used: Collection[str]) -> None:
