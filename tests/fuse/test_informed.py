@@ -175,6 +175,13 @@ def test_adamerging__lowers_the_entropy_and_says_its_coefficients(
     assert isinstance(entropy, dict)
     assert isinstance(coefficients, dict)
     assert entropy["after"] < entropy["before"]
+    fuse(models, data, tmp_path / "start", "task_arithmetic", base=models["base"], scale=0.3)
+    domain = train_split(data)
+    batch = next(iter(load_batches(domain, [np.arange(len(domain))], SMALL)))
+    with torch.no_grad():
+        start = load_bundle(tmp_path / "start", trust_code=True)[0](input_tensor(batch.images, SMALL))
+    expected = torch.distributions.Categorical(logits=start.double()).entropy().mean()
+    assert entropy["before"] == pytest.approx(float(expected), rel=1e-4)  # a step sees all of the few images
     parents = [weights_of(models[name]) for name in ("t0", "t1")]
     base = weights_of(models["base"])
     in_first_order(models, parents, head_name(models))

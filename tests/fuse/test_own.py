@@ -47,7 +47,7 @@ def test_own_method__is_a_dotted_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "ties", "average"])
 def test_tied_weights__stay_tied(tmp_path: Path, method: str) -> None:
-    """Random masks go by the name of a tensor: of two names of one weight, by the first."""
+    """Random masks go by the name of a tensor, and one weight has two."""
     name = "tests.nets:tied_cnn"
     bundles = []
     for seed in range(3):

@@ -153,7 +153,7 @@ def merged_model(job: Job, merge: Merge) -> tuple[nn.Module, BundleConfig, Fusio
     """
     config = merged_config(job)
     model = build_model(config.model, trust_code=job.recipe.trust_code)
-    fusion = _fusion(job, merge, find_head(model)[0], _tied(model))
+    fusion = _fusion(job, merge, find_head(model)[0])
     folder = job.work / "merged"
     merge_together(fusion, folder, job.team)
     load_into(model, Weights("the merged model", read_tensors(folder / WEIGHTS)))
@@ -177,7 +177,7 @@ def merged_classes(job: Job) -> tuple[str, ...]:
     return job.labels.classes
 
 
-def _fusion(job: Job, merge: Merge, head: str, tied: dict[str, str]) -> Fusion:
+def _fusion(job: Job, merge: Merge, head: str) -> Fusion:
     parents = [job.parents[number] for number in merge.members]
     base = job.base if "base" in merge.method.uses else None
     return Fusion(
@@ -187,7 +187,6 @@ def _fusion(job: Job, merge: Merge, head: str, tied: dict[str, str]) -> Fusion:
         merge.settings,
         _rows(job, merge, head, base.config.classes if base else None),
         merge.aids,
-        tied,
     )
 
 
@@ -206,16 +205,6 @@ def head_rows(job: Job, head: str) -> list[str]:
     """Names of the tensors with one row a class; none of models without classes."""
     entries = job.parents[0].weights.entries
     return [name for name in (f"{head}.weight", f"{head}.bias") if merged_classes(job) and name in entries]
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Names of parameters that are another one, to that one's name."""
-    first: dict[int, str] = {}
-    tied = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            tied[name] = first[id(parameter)]
-    return tied
 
 
 def clear_work(work: Path) -> None:

@@ -42,7 +42,6 @@ class Fusion:
         method, settings: how.
         rows: the heads whose rows are put together by class, by tensor name.
         aids: statistics that go with each model, by the same names; empty for most methods.
-        tied: names of tensors that are another one, to that one's name: they get the same random masks.
     """
 
     models: Sequence[Weights]
@@ -51,7 +50,6 @@ class Fusion:
     settings: Settings
     rows: Mapping[str, RowPlan] = field(default_factory=dict)
     aids: Sequence[Weights] = ()
-    tied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def everyone(self) -> list[Weights]:
@@ -241,7 +239,7 @@ class _Merger:
         fusion, name = self.fusion, target.slot.name
         wide = _wide(target)
         piece = Piece(
-            fusion.tied.get(name, name),
+            name,
             [self.reader.read(model.entries[name]).astype(wide, copy=False) for model in fusion.models],
             self.reader.read(fusion.base.entries[name]).astype(wide, copy=False) if fusion.base else None,
             [self.reader.read(aid.entries[name]) for aid in fusion.aids if name in aid.entries],
@@ -260,7 +258,7 @@ class _Merger:
         arrays = [self._read(number, entry, start, size, target) for number, entry in enumerate(sources)]
         first, last = len(fusion.everyone) - len(fusion.models), len(fusion.everyone)
         base = arrays[0] if first else None
-        piece = Piece(fusion.tied.get(name, name), arrays[first:last], base, arrays[last:], start)
+        piece = Piece(name, arrays[first:last], base, arrays[last:], start)
         return self._write(target, start, fusion.method.merge(piece, fusion.settings, None))
 
     def _surveyed(self, target: Target) -> None:
@@ -272,7 +270,7 @@ class _Merger:
         for _ in self.pool.map(lambda pair: self._fill(target, *pair), zip(sources, arrays)):
             pass
         first = len(arrays) - len(fusion.models)
-        whole = Piece(fusion.tied.get(name, name), arrays[first:], arrays[0] if first else None)
+        whole = Piece(name, arrays[first:], arrays[0] if first else None)
         with np.errstate(all="ignore"):
             facts = method.survey(whole, fusion.settings, self.pool.map)
 
