@@ -21,13 +21,15 @@ from tldist.fuse.job import Job
 from tldist.fuse.statistics.adamerging import Learning, learn_coefficients
 from tldist.fuse.statistics.fisher import fisher_information, normalised
 from tldist.fuse.statistics.gram import gram_matrices
-from tldist.fuse.statistics.walk import Walk
 from tldist.fuse.weights.files import Weights, open_weights
 from tldist.models.description import build_model
 from tldist.models.heads import find_head
 from tldist.models.weights import read_tensors
 from tldist.progress import warn
 from tldist.training.ledger import Ledger
+
+_GRADIENTS = 256
+"""Images that Fisher information is taken from where nobody says more: each costs a gradient a class."""
 
 
 def with_aids(job: Job, merge: Merge) -> tuple[Merge, dict[str, Any]]:
@@ -52,12 +54,6 @@ def with_aids(job: Job, merge: Merge) -> tuple[Merge, dict[str, Any]]:
     files = tuple(_stored(job, f"{aid}-{number}", compute, number) for number in merge.members)
     domains = [_domain(job, number).name for number in merge.members]
     return replace(merge, aids=files), {"statistics_from": domains}
-
-
-def walk_of(job: Job) -> Walk:
-    """Which images statistics are taken from."""
-    recipe = job.recipe
-    return Walk(recipe.samples, recipe.batch_size, recipe.seed, job.workers)
 
 
 def _domain(job: Job, number: int) -> Domain:
@@ -87,7 +83,7 @@ def _fisher(job: Job, number: int) -> dict[str, Tensor]:
     model, config = job.load(job.parents[number])
     ledger = Ledger(domain, job.folder.path / "bad_statistics_images.jsonl")
     found = fisher_information(
-        model, config.preprocessing, domain, job.team, ledger, walk=walk_of(job), task=config.task
+        model, config.preprocessing, domain, job.team, ledger, walk=job.walk(_GRADIENTS), task=config.task
     )
     return normalised(found)
 
@@ -96,7 +92,7 @@ def _grams(job: Job, number: int) -> dict[str, Tensor]:
     domain = _domain(job, number)
     model, config = job.load(job.parents[number])
     ledger = Ledger(domain, job.folder.path / "bad_statistics_images.jsonl")
-    return gram_matrices(model, config.preprocessing, domain, job.team, ledger, walk=walk_of(job)).matrices
+    return gram_matrices(model, config.preprocessing, domain, job.team, ledger, walk=job.walk()).matrices
 
 
 def _with_coefficients(job: Job, merge: Merge) -> tuple[Merge, dict[str, Any]]:

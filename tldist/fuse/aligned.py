@@ -55,7 +55,7 @@ def with_aligned(job: Job, merge: Merge) -> tuple[Merge, dict[str, Any]]:
             recipe.match,
             seed=recipe.seed,
             batch_size=recipe.batch_size,
-            most_batches=None if recipe.samples is None else -(-recipe.samples // recipe.batch_size),
+            most_batches=-(-(job.walk().samples or 1) // recipe.batch_size),
             workers=job.workers,
         ),
         domain=job.train,

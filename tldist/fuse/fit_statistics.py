@@ -12,7 +12,6 @@ from tldist.errors import RecipeError
 from tldist.fuse.batchnorm import batchnorm_layers, reestimate
 from tldist.fuse.job import Job
 from tldist.fuse.statistics.repair import channel_statistics, check_repairable, mean_statistics, repair
-from tldist.fuse.statistics.walk import Walk
 from tldist.progress import say, warn
 from tldist.training.ledger import LEDGER, Ledger
 
@@ -75,7 +74,7 @@ def _repair(job: Job, model: nn.Module, config: BundleConfig, shares: Sequence[f
     """REPAIR towards the parents that have a share; called by all processes together."""
     assert job.train is not None
     check_repairable(model)
-    train, walk = job.train, Walk(job.recipe.samples, job.recipe.batch_size, job.recipe.seed, job.workers)
+    train, walk = job.train, job.walk()
 
     def ledger() -> Ledger:
         return Ledger(train, job.folder.path / LEDGER)

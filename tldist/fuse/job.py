@@ -16,12 +16,15 @@ from tldist.domain import Domain
 from tldist.fuse.labels import ClassPlan
 from tldist.fuse.parents import Parent, agreed_statistics
 from tldist.fuse.recipe import FuseRecipe
+from tldist.fuse.statistics.walk import Walk
 from tldist.fuse.weights.methods import Method, Settings
 from tldist.models.load import load_bundle
 from tldist.progress import warn
 from tldist.runs import RunFolder
 from tldist.runtime.preprocess import Preprocessing
 from tldist.training.measure import Measurement, measure, predictor, why_not_measurable
+
+_SAMPLES = 1024
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ class Job:
         if key not in self._kept:
             self._kept[key] = KeptBatches(domain, how, workers=self.workers)
         return self._kept[key]
+
+    def walk(self, samples: int = _SAMPLES) -> Walk:
+        """Which images statistics are taken from: at most ``samples`` where the recipe does not say."""
+        recipe = self.recipe
+        return Walk(recipe.samples or samples, recipe.batch_size, recipe.seed, self.workers)
 
     def measure(
         self, model: nn.Module, config: BundleConfig, domain: Domain, label: str, *, keep_logits: bool = False

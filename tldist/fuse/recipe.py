@@ -119,9 +119,9 @@ class FuseRecipe(Recipe):
     """At most this many batches re-estimate BatchNorm statistics; none: all there are; 0: not at all."""
     match: Literal["weights", "activations"] = "weights"
     """rebasin: whether units are matched by their weights, or by their activations on data=."""
-    samples: int | None = Field(default=1024, ge=1)
-    """fisher, regmean, rebasin by activations, repair: images a model's statistics are taken from; none:
-    all."""
+    samples: int | None = Field(default=None, ge=1)
+    """fisher, regmean, rebasin by activations, repair: at most so many images are what statistics are taken
+    from. None: 256 for fisher, which needs a gradient for each image and class, else 1,024."""
     reduce: float = Field(default=0.9, ge=0, le=1)
     """regmean: factor of the inner products off the diagonal."""
     ensemble: EnsembleRecipe = EnsembleRecipe()
