@@ -5,7 +5,7 @@
 A ResNet-18 at 32 pixels learns clothes (Fashion-MNIST): the base, whose classes are others. From it three
 models are fine-tuned on digits: handwritten (MNIST), printed (those of ``tldist demo``), and handwritten ones
 that lie on pictures of clothes. The target is USPS: 1,000 images whose labels no fusion reads, 10 labelled
-ones of each digit for what the table says so of, 1,000 to measure on. Runs that are finished are not made again.
+ones of each digit for the rows that say so, 1,000 to measure on. Runs that are finished are not made again.
 """
 
 from __future__ import annotations

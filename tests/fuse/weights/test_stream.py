@@ -122,6 +122,7 @@ def test_stream__statistics_counters_and_constants(tmp_path: Path) -> None:
             "bn.running_var": np.float32(rng.random(7) * 1e-3),
             "bn.num_batches_tracked": np.int64(7 * n),
             "index": np.arange(5),
+            "odd": np.ones(3, np.float32),
         }
         for n in range(1, 3)
     ]
