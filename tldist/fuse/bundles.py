@@ -10,7 +10,7 @@ from tldist import distributed
 from tldist.bundle import parent_record
 from tldist.data.loader import num_workers
 from tldist.distributed import Team
-from tldist.domain import Domain, open_domain
+from tldist.domain import open_domain
 from tldist.files import canonical_json, sha256_text
 from tldist.fuse.aids import with_aids
 from tldist.fuse.batchnorm import batchnorm_layers
@@ -20,6 +20,7 @@ from tldist.fuse.in_weights import clear_work, fuse_in_weights, whole_merge
 from tldist.fuse.job import Fused, Job
 from tldist.fuse.labels import Choice, Heads, plan_classes
 from tldist.fuse.parents import check_fit, check_tasks, read_parents
+from tldist.fuse.plan import show_job
 from tldist.fuse.recipe import FuseRecipe
 from tldist.fuse.search import search
 from tldist.fuse.selection import best_of_curve, greedy_soup
@@ -32,9 +33,8 @@ from tldist.fuse.settings import (
     weight_method,
 )
 from tldist.fuse.verdict import outcome_of
-from tldist.models.description import architecture_name
 from tldist.models.load import save_bundle
-from tldist.progress import show_plan, warn
+from tldist.progress import warn
 from tldist.runs import BUNDLE, Outcome, RunFolder, open_run, recorded
 from tldist.training.measure import Measurement
 
@@ -64,9 +64,9 @@ def fuse_bundles(recipe: FuseRecipe) -> Outcome:
     folder = team.on_main(lambda: open_run("fuse", recipe.out, recipe, inputs))
     if folder.finished:
         return outcome_of(folder, f"{folder.path} is finished already.")
+    job = replace(job, folder=folder)
     with recorded(folder, team.is_main):
-        _show(job)
-        _say_what_is_missing(job)
+        show_job(job)
         before = job.measure_parents(job.test)
         fused = FAMILIES.get(recipe.method, _merge)(job)
         _compare(fused)
@@ -131,41 +131,6 @@ def _identities(job: Job) -> dict[str, str]:
         "data": job.data.fingerprint if job.data else "none",
         "sources": sha256_text(canonical_json([source.fingerprint for source in job.sources])),
     }
-
-
-def _show(job: Job) -> None:
-    names = sorted({architecture_name(parent.config.model) for parent in job.everyone})
-    rows: dict[str, Any] = {
-        "method": job.recipe.method,
-        "models": f"{len(job.everyone)} of {', '.join(names)}",
-    }
-    if job.base:
-        rows["base"] = job.base.label
-    for number, (parent, weight) in enumerate(zip(job.parents, job.settings.weights), 1):
-        source = f", trained on {job.sources[number - 1].name}" if job.sources else ""
-        rows[f"model {number}"] = f"{parent.label}, weight {weight:g}{source}"
-    for place, line in enumerate(job.labels.shown()):
-        rows["classes" if place == 0 else " " * place] = line
-    show_plan(
-        "fuse",
-        {
-            **rows,
-            "data": _counted(job.data),
-            "chosen on": _counted(job.validation) if job.validation is not job.test else "the same",
-            "measured on": _counted(job.test) if job.test else "nothing",
-            "processes": f"{job.team.size} on {job.team.device.type}, {job.workers} decoding workers each",
-            "out": job.recipe.out,
-        },
-    )
-
-
-def _say_what_is_missing(job: Job) -> None:
-    if job.data is not None and job.test is None:
-        warn(f"nothing is measured on {job.data.name}: it has no labels")
-
-
-def _counted(domain: Domain | None) -> str:
-    return f"{domain.name}: {len(domain):,} images" if domain else "none"
 
 
 def _compare(fused: Fused) -> None:
