@@ -18,7 +18,7 @@ from tldist import api
 from tldist.bundle import BundleConfig, read_bundle
 from tldist.errors import RecipeError
 from tldist.fuse.weights.linear import Array
-from tldist.fuse.weights.methods import Settings
+from tldist.fuse.weights.method import Settings
 from tldist.models.load import save_bundle
 from tldist.models.zoo import describe_network
 

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from tldist.allocator import keep_freed_memory
 from tldist.files import atomic_folder
-from tldist.fuse.weights.stream import Fusion, core_count, plan_targets, write_merged
+from tldist.fuse.weights.stream import core_count, write_merged
+from tldist.fuse.weights.targets import Fusion, plan_targets
 from tldist.progress import progress_bar
 
 

@@ -18,9 +18,9 @@ from tldist.fuse.fit_statistics import fit_statistics
 from tldist.fuse.job import Fused, Job
 from tldist.fuse.rebuild import rebuild_head
 from tldist.fuse.weights.files import Weights as Files
-from tldist.fuse.weights.methods import Method, Settings
+from tldist.fuse.weights.method import Method, Settings
 from tldist.fuse.weights.rows import RowPlan, plan_rows
-from tldist.fuse.weights.stream import Fusion
+from tldist.fuse.weights.targets import Fusion
 from tldist.models.description import build_model, with_outputs
 from tldist.models.heads import find_head
 from tldist.models.weights import Weights, load_into, read_tensors

@@ -17,7 +17,7 @@ from tldist.fuse.labels import ClassPlan
 from tldist.fuse.parents import Parent, agreed_statistics
 from tldist.fuse.recipe import FuseRecipe
 from tldist.fuse.statistics.walk import Walk
-from tldist.fuse.weights.methods import Method, Settings
+from tldist.fuse.weights.method import Method, Settings
 from tldist.models.load import load_bundle
 from tldist.progress import warn
 from tldist.runs import RunFolder

@@ -16,7 +16,8 @@ from tldist.fuse.labels import short_names
 from tldist.fuse.selection import choose_soup, soup_of
 from tldist.fuse.settings import default_settings
 from tldist.fuse.trials import Score, Trials
-from tldist.fuse.weights.methods import METHODS, Method
+from tldist.fuse.weights.method import Method
+from tldist.fuse.weights.methods import METHODS
 from tldist.progress import say, warn
 
 _FEW_BATCHES = 4

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from tldist.errors import RecipeError
 from tldist.fuse.recipe import FuseRecipe
-from tldist.fuse.weights.methods import METHODS, Method, Settings, own_method
+from tldist.fuse.weights.method import Method, Settings, own_method
+from tldist.fuse.weights.methods import METHODS
 from tldist.methods import find_method
 from tldist.progress import warn
 

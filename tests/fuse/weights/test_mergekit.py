@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from tldist.fuse.weights import sparse
 from tldist.fuse.weights.linear import Array
-from tldist.fuse.weights.methods import METHODS, Piece, Settings
+from tldist.fuse.weights.method import Piece, Settings
+from tldist.fuse.weights.methods import METHODS
 
 RECORD = Path(__file__).with_name("mergekit.safetensors")
 NAMES = ("conv.weight", "fc.weight", "fc.bias")

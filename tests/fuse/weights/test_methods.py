@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tldist.errors import BundleError
 from tldist.fuse.weights.linear import Array, gram, model_stock_ratio, multi_slerp_coefficients
 from tldist.fuse.weights.merge import model_shares
-from tldist.fuse.weights.methods import METHODS, Method, Piece, Settings, own_method
+from tldist.fuse.weights.method import Method, Piece, Settings, own_method
+from tldist.fuse.weights.methods import METHODS
 from tldist.fuse.weights.policy import (
     common_constant,
     kind_of,

@@ -15,9 +15,11 @@ from safetensors.numpy import load_file, save_file
 from tldist.errors import BundleError, ModelError
 from tldist.fuse.weights import stream
 from tldist.fuse.weights.files import Reader, open_weights, read_header
-from tldist.fuse.weights.methods import METHODS, Piece, Settings
+from tldist.fuse.weights.method import Piece, Settings
+from tldist.fuse.weights.methods import METHODS
 from tldist.fuse.weights.rows import plan_rows
-from tldist.fuse.weights.stream import Fusion, plan_targets, share_out, write_merged
+from tldist.fuse.weights.stream import write_merged
+from tldist.fuse.weights.targets import Fusion, plan_targets, share_out
 
 SHAPES = {"a.weight": (37, 53), "d.weight": (29, 71), "b.weight": (8, 3, 3, 3), "b.bias": (8,), "scale": ()}
 PLAIN = [name for name, method in METHODS.items() if method.aid is None]

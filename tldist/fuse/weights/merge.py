@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from tldist.errors import ModelError
 from tldist.fuse.weights.linear import Array
-from tldist.fuse.weights.methods import METHODS, Method, Piece, Settings
+from tldist.fuse.weights.method import Method, Piece, Settings
+from tldist.fuse.weights.methods import METHODS
 from tldist.fuse.weights.policy import (
     Kind,
     common_constant,
