@@ -23,7 +23,12 @@ from tldist.models.load import load_bundle, save_bundle
 from tldist.models.zoo import describe_network
 
 NAMES = ("a", "b", "c")
-MORE = {"adamerging": {"adamerging": {"steps": 4}}, "slerp": {"bundles": 2}}
+MORE = {
+    "adamerging": {"adamerging": {"steps": 4}},
+    "fisher": {"samples": 16},
+    "regmean": {"samples": 32},
+    "slerp": {"bundles": 2},
+}
 
 
 @pytest.fixture(scope="module")
