@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,7 +168,29 @@ def test_search__ranks_all_and_keeps_the_best(tmp_path: Path, models: dict[str, 
     )
     assert (tmp_path / "run" / "search.svg").read_text().startswith("<svg xmlns=")
     assert "task_arithmetic scale=0.1" in outcome.stdout
-    assert read_bundle(tmp_path / "run")[1].lineage["notes"]["search"]["kept"] == search["kept"]
+    lineage = read_bundle(tmp_path / "run")[1].lineage["notes"]["search"]
+    assert lineage == search
+    _check_that_it_can_be_made_again(lineage, models, data, tmp_path)
+
+
+def _check_that_it_can_be_made_again(
+    lineage: dict[str, Any], models: dict[str, Path], data: Path, out: Path
+) -> None:
+    """By what the lineage says of the winner, as a plain merge."""
+    names = ("alpha", "scale", "density", "gamma")
+    given = {name: lineage[name] for name in names if name in lineage}
+    api.fuse(
+        bundles=[models[f"good{number}"] for number in lineage["members"]],
+        base=models["base"],
+        method="average" if lineage["method"] == "greedy_soup" else lineage["method"],
+        weights=tuple(lineage["weights"]),
+        data=data,
+        out=out / "again",
+        workers=0,
+        **given,
+    )
+    first, again = (load_file(out / run / "bundle" / "model.safetensors") for run in ("run", "again"))
+    assert all(torch.equal(again[name], tensor) for name, tensor in first.items())
 
 
 def test_search__keeps_a_parent_that_no_merge_reaches(

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.numpy import load_file
 
-from tests.support import REPOSITORY
+from tests.support import REPOSITORY, make_images, run_tldist
+from tests.support_models import make_bundle
 from tldist.share import find_shared
 
 FOLDER = REPOSITORY / "launch" / "accelerate"
@@ -75,6 +78,26 @@ def test_file__the_launcher_will_start_all_processes(name: str, processes: int) 
         environment["ACCELERATE_MIXED_PRECISION"]
         == load_config_from_file(str(FOLDER / f"{name}.yaml")).mixed_precision
     )
+
+
+@pytest.mark.launcher
+def test_cpu_2__two_processes_fuse_files_and_bundles(tmp_path: Path) -> None:
+    """Without torch's help and with data: what one process makes."""
+    models = [make_bundle(tmp_path / f"m{n}", ("a", "b"), name="squeezenet1_1", seed=0) for n in range(2)]
+    data = make_images(tmp_path / "data", {"a": 5, "b": 4})
+    for name, settings in (("raw", ["raw=true", "method=multi_slerp"]), ("fisher", ["method=fisher"])):
+        if name == "fisher":
+            settings += [f"data={data}", "workers=0", "samples=8"]
+        command = ["-m", "tldist", "fuse", *map(str, models), *settings, "--json"]
+        two = launch("--config_file", str(FOLDER / "cpu-2.yaml"), *command, f"out={tmp_path / name}2")
+        assert two.returncode == 0, two.stderr
+        assert json.loads(two.stdout.splitlines()[-1])["status"] == "done"
+        one = run_tldist(*command[2:], f"out={tmp_path / name}1")
+        assert one.returncode == 0, one.stderr
+        result = "weights" if name == "raw" else "bundle"
+        first, second = (load_file(tmp_path / f"{name}{n}" / result / "model.safetensors") for n in (1, 2))
+        for key, tensor in first.items():
+            np.testing.assert_allclose(second[key], tensor, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
 @pytest.mark.launcher

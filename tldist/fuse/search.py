@@ -47,6 +47,17 @@ class Candidate:
         """For people."""
         return f"{self.method} {self.detail}".strip()
 
+    def describe(self) -> dict[str, Any]:
+        """How to make it again, as plain data: the method and every setting that it takes note of."""
+        settings, uses = self.merge.settings, self.merge.method.uses
+        used = [name for name in ("alpha", "scale", "density", "gamma", "seed") if name in uses]
+        return {
+            "method": self.method,
+            "members": list(self.merge.members),
+            "weights": list(settings.weights),
+            **{name: getattr(settings, name) for name in used},
+        }
+
 
 def candidates(job: Job) -> list[Candidate]:
     """All merges to try: each method with its own coefficients, and with each of them varied alone.
@@ -120,10 +131,11 @@ def search(job: Job) -> Fused:
             f"{parents[best].accuracy:.4f}, the best merge {final[winner.name].accuracy:.4f}): it is kept"
         )
         kept = next(n for n, parent in enumerate(job.parents) if parent.label == best)
-        fused, name = keep_parent(job, kept), best
+        fused, found = keep_parent(job, kept), {"kept": best}
     else:
-        fused, name = fuse_in_weights(job, winner.merge), winner.name
-    return replace(fused, notes={**fused.notes, "search": {"kept": name, "table": table}})
+        fused = fuse_in_weights(job, winner.merge)
+        found = {"kept": winner.name, **winner.describe()}
+    return replace(fused, notes={**fused.notes, "search": {**found, "table": table}})
 
 
 def _table(
