@@ -137,7 +137,7 @@ def test_raw__killed_at_any_moment_leaves_all_or_nothing(tmp_path: Path) -> None
     seconds = time.monotonic() - begin
     expected = sha256_file(tmp_path / "undisturbed" / "weights" / "model.safetensors")
     found = set()
-    for number, part in enumerate(np.linspace(0.3, 1.05, 10)):
+    for number, part in enumerate(np.linspace(0.1, 1.05, 10)):
         out = tmp_path / f"run{number}"
         child = start(out)
         time.sleep(seconds * part)
