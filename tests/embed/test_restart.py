@@ -27,8 +27,8 @@ UNITS = 240
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,200 images: 240 units of 5."""
-    return make_images(tmp_path_factory.mktemp("many"), {"a": 600, "b": 600})
+    """2,400 images: 480 units of 5."""
+    return make_images(tmp_path_factory.mktemp("many"), {"a": 1200, "b": 1200})
 
 
 def start(*settings: str | Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -180,7 +180,7 @@ def test_processes__two_share_the_work(
     pair = [start(*settings, env={"RANK": str(rank), "WORLD_SIZE": "2"}) for rank in (0, 1)]
     outputs = [process.communicate(timeout=120)[0] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], outputs
-    assert "1,200 vectors" in outputs[0]
+    assert "2,400 vectors" in outputs[0]
     assert outputs[1] == ""
     assert_same_vectors(out, undisturbed_package)
 
@@ -212,7 +212,7 @@ def test_processes__two_by_accelerate_launch(
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("1,200 vectors") == 1
+    assert result.stdout.count("2,400 vectors") == 1
     assert "processes  2" in result.stdout
     assert_same_vectors(out, undisturbed)
 
@@ -317,7 +317,7 @@ def test_verify__passes_as_typed(copy: Path) -> None:
     for arguments in ((f"out={copy}", "verify=true"), (copy, "verify=true")):
         result = run_tldist("embed", *arguments, "--json")
         assert result.returncode == 0, result.stderr
-        assert json.loads(result.stdout.splitlines()[-1])["rows"] == 1200
+        assert json.loads(result.stdout.splitlines()[-1])["rows"] == 2400
 
 
 def test_verify__finds_one_flipped_bit_anywhere(copy: Path) -> None:

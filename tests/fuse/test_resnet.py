@@ -26,7 +26,6 @@ NAMES = ("a", "b", "c")
 MORE = {
     "adamerging": {"adamerging": {"steps": 4}},
     "fisher": {"samples": 16},
-    "regmean": {"samples": 32},
     "slerp": {"bundles": 2},
 }
 
