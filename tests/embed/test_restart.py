@@ -344,7 +344,7 @@ def test_verify__names_every_difference(copy: Path, package: Path, many: Path) -
     outcome = api.embed(out=copy, verify=True)
     text = "\n".join(outcome.values["problems"])
     assert not outcome.passed
-    for expected in ("2 of 240 units missing", "part-00009.parquet: missing", "extra.parquet", "4 rows"):
+    for expected in ("2 of 480 units missing", "part-00009.parquet: missing", "extra.parquet", "4 rows"):
         assert expected in text
     (copy / "extra.parquet").unlink()
     for unit in (9, 20):
