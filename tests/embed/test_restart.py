@@ -22,7 +22,7 @@ from tests.support import REPOSITORY, make_images, run_tldist
 from tldist import api
 from tldist.embed.claims import Claims, take_units
 
-UNITS = 240
+UNITS = 480
 
 
 @pytest.fixture(scope="module")
