@@ -23,7 +23,7 @@ HEAVY = ("torch", "torchvision", "accelerate")
 BASE = (
     "tldist.errors",
     "tldist.files",
-    "tldist.allocator",
+    "tldist.process",
     "tldist.recipe",
     "tldist.settings_help",
     "tldist.bundle",

@@ -23,9 +23,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tldist import __version__
-from tldist.allocator import keep_freed_memory
 from tldist.errors import MachineError, TldistError
 from tldist.files import canonical_json
+from tldist.process import keep_freed_memory
 from tldist.recipe import Recipe, fixed_values
 
 Precision = Literal["fp32", "bf16", "fp16"]

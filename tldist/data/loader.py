@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tldist.data.augment import Augmentation, augment
 from tldist.data.order import StepPlan
 from tldist.domain import Domain
+from tldist.process import core_count
 from tldist.runtime.decode import BadImage
 from tldist.runtime.preprocess import Preprocessing, prepare
 
@@ -98,7 +98,7 @@ def num_workers(asked: int | None, processes_here: int) -> int:
     """Decoding processes for each of the processes of this host."""
     if asked is not None:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = core_count()
     return min(8, max(0, cores // max(1, processes_here) - 1))
 
 

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 from tldist.doctor.finding import Check, Finding
+from tldist.process import core_count
 
 _GIB = 2**30
 _LITTLE_DISK = 2 * _GIB
@@ -22,7 +23,7 @@ def check_machine(folder: Path) -> Check:
     Args:
         folder: where runs would be written; its free space is what counts.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = core_count()
     memory, free = memory_bytes(), shutil.disk_usage(folder).free
     gpus = list_gpus()
     facts = {

@@ -13,6 +13,7 @@ import numpy as np
 from tldist.bundle import is_bundle, read_bundle
 from tldist.embed.recipe import EmbedRecipe
 from tldist.errors import BundleError, PackageError, RecipeError, needs
+from tldist.process import core_count
 from tldist.runtime.package import FEATURES, Package, is_package, read_package
 from tldist.runtime.preprocess import Preprocessing
 
@@ -128,7 +129,7 @@ def load_engine(model: Model, recipe: EmbedRecipe, team: Team) -> Embed:
 
 
 def _load_package(model: Model, team: Team) -> Embed:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = core_count()
     package = Package.open(model.path, threads=max(1, cores // team.local_size))
 
     def embed(images: np.ndarray) -> np.ndarray:

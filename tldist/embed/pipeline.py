@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tldist.domain import Domain
+from tldist.process import core_count
 from tldist.runtime.decode import BadImage
 from tldist.runtime.preprocess import Preprocessing, prepare
 
@@ -60,7 +60,7 @@ def decoding_threads(asked: int | None, processes_here: int) -> int:
     """Threads that decode in each of the processes of this host."""
     if asked is not None:
         return asked
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = core_count()
     return min(32, max(1, cores // max(1, processes_here)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from tldist.distributed import Team
 from tldist.errors import BundleError, PackageError
 from tldist.models.description import architecture_name
 from tldist.models.load import check_outputs, load_bundle
+from tldist.process import core_count
 from tldist.runtime.package import LOGITS, Package, is_package
 from tldist.runtime.preprocess import Preprocessing
 from tldist.training.measure import Predict, predictor
@@ -73,7 +73,7 @@ def _check_classes(config: BundleConfig, path: Path) -> None:
 
 
 def _package(path: Path, team: Team) -> Classifier:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = core_count()
     package = Package.open(path, threads=max(1, cores // team.local_size))
     if LOGITS not in package.config.outputs or not package.config.classes:
         outputs = ", ".join(package.config.outputs)

@@ -17,7 +17,7 @@ from tldist.finetune.sweep import best_probe, narrow, sweep_settings, sweep_tabl
 from tldist.models.load import hash_tensors, input_tensor, save_bundle
 from tldist.progress import warn
 from tldist.runs import BUNDLE, Outcome, RunFolder
-from tldist.training.calibrate import calibration_error, fit_temperature
+from tldist.training.calibrate import calibrate
 from tldist.training.ledger import LEDGER
 from tldist.training.measure import Measurement
 
@@ -42,7 +42,7 @@ def finish(job: Job, work: Work | None, guards: Guards, seconds: float) -> None:
     metrics = {"val_accuracy": validation.accuracy, "val_loss": validation.loss} if validation else {}
     if validation and job.inputs.train.is_multilabel:
         metrics["val_mean_average_precision"] = validation.score
-    calibration = _calibrate(validation) if validation and job.recipe.calibrate else None
+    calibration = calibrate(validation) if validation and job.recipe.calibrate else None
     config = replace(
         job.inputs.start.config,
         metrics=metrics,
@@ -106,18 +106,6 @@ def _measure_result(job: Job, work: Work | None) -> tuple[Measurement, list[dict
     result = measured(chosen, True)
     narrow(job.model, job.blocks[-1], chosen)
     return result, sweep_table(job.recipe, found)
-
-
-def _calibrate(validation: Measurement) -> dict[str, float]:
-    """The temperature fitted on validation, and the expected calibration error without it and with it."""
-    assert validation.logits is not None
-    assert validation.labels is not None
-    temperature = fit_temperature(validation.logits, validation.labels)
-    return {
-        "temperature": temperature,
-        "error_before": calibration_error(validation.logits, validation.labels, 1.0),
-        "error_after": calibration_error(validation.logits, validation.labels, temperature),
-    }
 
 
 def prove_frozen(job: Job) -> dict[str, Any]:

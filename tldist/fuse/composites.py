@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -83,5 +82,4 @@ def _finish(job: Job, model: nn.Module, config: BundleConfig, notes: dict[str, A
     probes = probe_images(config.preprocessing, job.data).to(job.team.device)
     check_finite(model, config.preprocessing, probes)
     after = job.measure(model, config, job.test, "result") if job.test else None
-    own = replace(config, lineage={}, metrics={}, files={})
-    return Fused(model.eval(), own, notes=notes, merged=after, after=after)
+    return Fused(model.eval(), config, notes=notes, merged=after, after=after)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tldist.allocator import keep_freed_memory
 from tldist.files import atomic_folder
-from tldist.fuse.weights.stream import core_count, write_merged
+from tldist.fuse.weights.stream import write_merged
 from tldist.fuse.weights.targets import Fusion, plan_targets
+from tldist.process import core_count, keep_freed_memory
 from tldist.progress import progress_bar
 
 

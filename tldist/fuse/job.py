@@ -79,11 +79,6 @@ class Job:
     workers: int
 
     @property
-    def how(self) -> Preprocessing:
-        """The preprocessing of the result: the first parent's."""
-        return self.parents[0].config.preprocessing
-
-    @property
     def everyone(self) -> list[Parent]:
         """The models that may have a share in the result, the base first."""
         return [self.base, *self.parents] if self.base else self.parents
@@ -143,7 +138,7 @@ class Job:
         return Walk(recipe.samples or samples, recipe.batch_size, recipe.seed, self.workers)
 
     def measure(
-        self, model: nn.Module, config: BundleConfig, domain: Domain, label: str, *, keep_logits: bool = False
+        self, model: nn.Module, config: BundleConfig, domain: Domain, label: str
     ) -> Measurement | None:
         """How good a model is on a domain; None, and it is said why, where that cannot be measured."""
         reason = why_not_measurable(domain, config.classes, config.task)
@@ -161,7 +156,6 @@ class Job:
             ledger_file=self.folder.path / "bad_test_images.jsonl",
             label=label,
             load=self.batches(domain, how).labelled(config.classes),
-            keep_logits=keep_logits,
         )
 
     def measure_parents(self, domain: Domain | None) -> dict[str, Measurement]:

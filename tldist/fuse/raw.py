@@ -20,8 +20,8 @@ from tldist.fuse.crew import Alone, Crew, merge_together
 from tldist.fuse.recipe import FuseRecipe
 from tldist.fuse.settings import check_recipe, is_of_tensors, make_settings, say_unused, weight_method
 from tldist.fuse.weights.files import INDEX, Weights, open_weights
-from tldist.fuse.weights.stream import core_count
 from tldist.fuse.weights.targets import Fusion, plan_targets
+from tldist.process import core_count
 from tldist.progress import show_plan, warn
 from tldist.runs import Outcome, RunFolder, open_run, recorded
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
+from tldist.training.measure import Measurement
+
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature that minimises the cross-entropy of ``softmax(logits / T)``, or of ``sigmoid`` of it.
@@ -51,3 +53,16 @@ def calibration_error(logits: Tensor, labels: Tensor, temperature: float) -> flo
         probabilities, labels, num_classes=logits.shape[1], n_bins=15
     )
     return float(error)
+
+
+def calibrate(found: Measurement) -> dict[str, float]:
+    """The temperature fitted on a measurement that kept its logits, and the expected calibration error
+    without it and with it."""
+    assert found.logits is not None
+    assert found.labels is not None
+    temperature = fit_temperature(found.logits, found.labels)
+    return {
+        "temperature": temperature,
+        "error_before": calibration_error(found.logits, found.labels, 1.0),
+        "error_after": calibration_error(found.logits, found.labels, temperature),
+    }

@@ -22,7 +22,7 @@ from tldist.fuse.distill.student import student_labels
 from tldist.fuse.distill.targets import Teach, feature_moments, from_file, from_teachers, load_outputs
 from tldist.fuse.distill.teachers import Teacher, answering
 from tldist.models.load import Start, input_tensor
-from tldist.training.calibrate import calibration_error, fit_temperature
+from tldist.training.calibrate import calibrate
 from tldist.training.fit import fit, restore_learner
 from tldist.training.loop import Learner
 from tldist.training.measure import Measurement
@@ -192,7 +192,7 @@ def _finish(job: Job) -> Distilled:
     calibration = None
     if isinstance(found, Measurement):
         config = replace(config, metrics={"val_accuracy": found.accuracy, "val_loss": found.loss})
-        calibration = _calibrate(found) if job.settings.calibrate else None
+        calibration = calibrate(found) if job.settings.calibrate else None
     elif found is not None:
         config = replace(config, metrics=found.numbers())
     if calibration:
@@ -217,15 +217,3 @@ def _selected_by(job: Job) -> str:
     if job.domains.validation is None or job.settings.select == "last":
         return "last weights"
     return "validation accuracy" if job.by_accuracy else "distillation loss on held-out images"
-
-
-def _calibrate(found: Measurement) -> dict[str, float]:
-    """The temperature fitted on validation, and the expected calibration error without it and with it."""
-    assert found.logits is not None
-    assert found.labels is not None
-    temperature = fit_temperature(found.logits, found.labels)
-    return {
-        "temperature": temperature,
-        "error_before": calibration_error(found.logits, found.labels, 1.0),
-        "error_after": calibration_error(found.logits, found.labels, temperature),
-    }

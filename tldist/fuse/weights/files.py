@@ -53,22 +53,18 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor in a file.
+class Slot:
+    """What a tensor is, without its numbers.
 
     Attributes:
         name: of the tensor.
         dtype: safetensors' name of its type.
         shape: of the tensor.
-        file: that holds it.
-        offset: of its first byte in the file.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    file: Path
-    offset: int
 
     @property
     def size(self) -> int:
@@ -79,6 +75,24 @@ class Entry:
     def itemsize(self) -> int:
         """Bytes of one of them."""
         return numpy_dtype(self.dtype).itemsize
+
+    @property
+    def bytes(self) -> int:
+        """That it takes."""
+        return self.size * self.itemsize
+
+
+@dataclass(frozen=True)
+class Entry(Slot):
+    """One tensor in a file.
+
+    Attributes:
+        file: that holds it.
+        offset: of its first byte in the file.
+    """
+
+    file: Path
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -101,7 +115,7 @@ class Weights:
     @property
     def bytes(self) -> int:
         """Of all tensors."""
-        return sum(entry.size * entry.itemsize for entry in self.entries.values())
+        return sum(entry.bytes for entry in self.entries.values())
 
 
 def open_weights(path: str | os.PathLike[str]) -> Weights:

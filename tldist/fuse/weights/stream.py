@@ -6,7 +6,6 @@ whole first. The rest is on disk, however large the models are.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -23,6 +22,7 @@ from tldist.fuse.weights.method import Piece
 from tldist.fuse.weights.policy import MEAN, beside
 from tldist.fuse.weights.targets import Fusion, Target, plan_targets, share_out
 from tldist.fuse.weights.writer import Writer, create_files, lay_out
+from tldist.process import core_count
 
 _PIECE = 1 << 17
 """Entries merged at once: with a handful of models they fit into a core's cache."""
@@ -80,11 +80,6 @@ def write_merged(
     together()
 
 
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class _Merger:
     """The work of one process: threads that read, merge and write pieces; the first error ends it.
 
@@ -113,10 +108,10 @@ class _Merger:
         method = self.fusion.method
         if target.kind != "learned":
             self._submit(lambda: self._by_policy(target))
-        elif target.slot.name in self.fusion.rows or method.whole or target.size <= _PIECE:
+        elif target.slot.name in self.fusion.rows or method.whole or target.slot.size <= _PIECE:
             self._submit(lambda: self._at_once(target))
         elif method.survey is None:
-            for start in range(0, target.size, _PIECE):
+            for start in range(0, target.slot.size, _PIECE):
                 self._submit(partial(self._piece, target, start))
         else:
             self._surveyed(target)
@@ -162,7 +157,7 @@ class _Merger:
     def _piece(self, target: Target, start: int) -> int:
         """A piece of a tensor whose entries are merged each for itself."""
         fusion, name = self.fusion, target.slot.name
-        size = min(_PIECE, target.size - start)
+        size = min(_PIECE, target.slot.size - start)
         sources = [model.entries[name] for model in fusion.everyone]
         sources += [aid.entries[name] for aid in fusion.aids if name in aid.entries]
         arrays = [self._read(number, entry, start, size, target) for number, entry in enumerate(sources)]
@@ -190,19 +185,19 @@ class _Merger:
             piece = Piece(whole.name, [model[part] for model in whole.models], base, start=start)
             return self._write(target, start, method.merge(piece, fusion.settings, facts))
 
-        for start in range(0, target.size, _PIECE):
+        for start in range(0, target.slot.size, _PIECE):
             self._submit(partial(work, start))
         self.settle(all_of_it=True)  # the buffers are the next tensor's
 
     def _buffer(self, number: int, target: Target) -> NDArray[Any]:
         """One of the buffers for whole tensors, flat."""
         wide, held = _wide(target), self._wholes.get(number)
-        if held is None or held.size < target.size or held.dtype != wide:
-            held = self._wholes[number] = np.empty(target.size, wide)
-        return held[: target.size]
+        if held is None or held.size < target.slot.size or held.dtype != wide:
+            held = self._wholes[number] = np.empty(target.slot.size, wide)
+        return held[: target.slot.size]
 
     def _fill(self, target: Target, entry: Entry, into: NDArray[Any]) -> None:
-        for start in range(0, target.size, _PIECE):
+        for start in range(0, target.slot.size, _PIECE):
             part = into[start : start + _PIECE]
             if numpy_dtype(entry.dtype) == part.dtype:
                 self.reader.read_into(entry, start, part)
@@ -223,7 +218,7 @@ class _Merger:
         if target.slot.dtype in FLOATING:
             check_finite_values(target.slot.name, values)
         self.writer.write(target.slot.name, start, values)
-        return values.size * numpy_dtype(target.slot.dtype).itemsize
+        return values.size * target.slot.itemsize
 
 
 def _quietly(work: Callable[[], int]) -> int:

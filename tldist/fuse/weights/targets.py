@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from tldist.errors import BundleError
-from tldist.fuse.weights.files import FLOATING, Weights
+from tldist.fuse.weights.files import FLOATING, Slot, Weights
 from tldist.fuse.weights.merge import model_shares
 from tldist.fuse.weights.method import Method, Settings
 from tldist.fuse.weights.policy import Kind, kind_of, widest
 from tldist.fuse.weights.rows import RowPlan
-from tldist.fuse.weights.writer import Slot
 
 
 @dataclass(frozen=True)
@@ -52,11 +49,6 @@ class Target:
 
     slot: Slot
     kind: Kind
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return int(np.prod(self.slot.shape, dtype=np.int64))
 
 
 def plan_targets(fusion: Fusion) -> list[Target]:

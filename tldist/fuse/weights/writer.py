@@ -6,7 +6,6 @@ import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,29 +15,9 @@ from numpy.typing import NDArray
 
 from tldist.bundle import WEIGHTS
 from tldist.files import start_writing_back, write_json
-from tldist.fuse.weights.files import INDEX, Entry, numpy_dtype
+from tldist.fuse.weights.files import INDEX, Entry, Slot, numpy_dtype
 
 _ALIGNMENT = 8
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor to write.
-
-    Attributes:
-        name: of the tensor.
-        dtype: safetensors' name of its type.
-        shape: of the tensor.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        """That it takes."""
-        return int(np.prod(self.shape, dtype=np.int64)) * numpy_dtype(self.dtype).itemsize
 
 
 def lay_out(
@@ -77,7 +56,7 @@ def _place(
 ) -> bytes:
     """Note the entries of one file; its header, padded."""
     # The widest types first, as the library does: every tensor is aligned then.
-    ordered = sorted(slots, key=lambda slot: -numpy_dtype(slot.dtype).itemsize)
+    ordered = sorted(slots, key=lambda slot: -slot.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets: dict[str, int] = {}
     end = 0
@@ -102,12 +81,12 @@ def create_files(entries: Mapping[str, Entry], beginnings: Mapping[Path, bytes])
     """Make the files in their whole length, with their headers (and the index of several)."""
     ends = dict.fromkeys(beginnings, 0)
     for entry in entries.values():
-        ends[entry.file] = max(ends[entry.file], entry.offset + entry.size * entry.itemsize)
+        ends[entry.file] = max(ends[entry.file], entry.offset + entry.bytes)
     for file, beginning in beginnings.items():
         file.write_bytes(beginning)
         os.truncate(file, max(ends[file], len(beginning)))
     if len(beginnings) > 1:
-        total = sum(entry.size * entry.itemsize for entry in entries.values())
+        total = sum(entry.bytes for entry in entries.values())
         table = {name: entry.file.name for name, entry in entries.items()}
         folder = next(iter(beginnings)).parent
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": table})

@@ -1,13 +1,19 @@
-"""How the C library keeps freed memory: large arrays that come and go cost page faults otherwise."""
+"""What this process may use of its machine: the cores, and memory that was freed before."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MAP_ABOVE = (1 << 30, 32 << 20)
 """Bytes from which memory is mapped by itself: as asked for, and the most that older libraries take."""
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def keep_freed_memory() -> None:
