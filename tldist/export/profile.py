@@ -24,13 +24,36 @@ class Tolerances(Recipe):
     """Share of samples whose decision (largest logit) may change; exact ties are not decisions."""
 
 
+class Quantization(Recipe):
+    """How float32 becomes int8 (static quantisation, QDQ format)."""
+
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    """How the range of each activation is found from the calibration images."""
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    """Of the values, for method=percentile."""
+    samples: int = Field(default=128, ge=1)
+    """Calibration images."""
+    activation: Literal["uint8", "int8"] = "uint8"
+    """Type of the activations: the one that the provider is fast with (CPU: uint8; CUDA, TensorRT: int8)."""
+    per_channel: bool = True
+    """One scale for each output channel of a weight, instead of one for all of it."""
+    exclude: tuple[str, ...] = ()
+    """Operator types or node names that stay float32, beside those found by measuring."""
+    budget: float = Field(default=0.01, ge=0, le=1)
+    """Share of decisions that may flip; while more do, the layer that costs most goes back to float32."""
+
+
 class Profile(Recipe):
     """What an export is made for."""
 
     name: str
     """Its file's name; given by the file, not in it."""
-    precision: Literal["fp32"] = "fp32"
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
     """Of the graph's weights and arithmetic."""
+    keep_fp32: tuple[str, ...] = ()
+    """Operator types or node names that stay float32 in fp16 and bf16, beside those found by measuring."""
+    quantization: Quantization = Quantization()
+    """For precision int8."""
     opset: int | None = Field(default=None, ge=18)
     """ONNX operator set; none: the exporter's default."""
     provider: str = "CPUExecutionProvider"

@@ -16,7 +16,9 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
     "features": ("features",),
     "both": ("logits", "features"),
 }
-"""The outputs of the graph for each value of ``output``: a classifier's first one is always the logits."""
+"""The outputs of the graph for each word of ``output``: a classifier's first one is always the logits."""
+ORDER = ("logits", "probabilities", "features")
+"""In which the graph gives them; those of inner layers follow."""
 
 
 class ExportRecipe(Recipe):
@@ -31,9 +33,28 @@ class ExportRecipe(Recipe):
     export/profiles/, or the path of your own YAML file."""
     out: Free[Path]
     """The package folder to write. Nothing is left there where parity fails."""
-    output: Literal["logits", "probabilities", "features", "both"] = "logits"
-    """What the graph gives: logits; logits and probabilities; features (N, D) that the head reads; or both
-    logits and features."""
+    output: tuple[Literal["logits", "probabilities", "features", "both"], ...] = ("logits",)
+    """What the graph gives: logits; logits and probabilities; features (N, D) that the head reads; both
+    logits and features; or several of these."""
+    layers: tuple[str, ...] = ()
+    """Inner layers (`tldist layers MODEL` lists them) whose features (N, D) the graph gives too, each called
+    features.LAYER."""
+    pool: Literal["mean", "gem", "max", "token", "flatten"] = "mean"
+    """How features that have positions become one vector: their mean, generalised mean (p = 3) or maximum,
+    the class token, or all of them in a row."""
+    l2: bool = False
+    """Divide each vector of features by its length, inside the graph."""
+    input: Literal["fixed", "dynamic", "picture"] = "fixed"
+    """What the graph takes, uint8 (batch, H, W, 3): images of the size that the preprocessing makes; of any
+    size, computed at that size (convolutional networks); or whole pictures, resized and cropped inside the
+    graph."""
+    exporter: Literal["auto", "dynamo", "torchscript"] = "auto"
+    """auto: PyTorch's dynamo exporter and, where it fails or its graph is wrong, the TorchScript one."""
+    calibration: DataRecipe | None = None
+    """Images that int8 is calibrated on; none: those of data, its training split."""
+    optimize: Literal["all", "measured", "none"] = "all"
+    """Steps that make the graph smaller or faster: all; all but those that do not measure faster on the
+    profile's provider here; or none. The profile's precision is always kept."""
     data: DataRecipe | None = None
     """A domain to take real samples from, for parity; none: generated pictures take their place."""
     samples: int = Field(default=16, ge=1, le=256)
@@ -41,6 +62,13 @@ class ExportRecipe(Recipe):
     again where it serves."""
     trust_code: Free[bool] = False
     """Run code that the bundle names (package.module:function)."""
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the graph's outputs, in its order."""
+        asked = {name for word in self.output for name in OUTPUTS[word]}
+        inner = tuple(f"features.{layer}" for layer in self.layers)
+        return tuple(name for name in ORDER if name in asked) + inner
 
 
 class ParityRecipe(Recipe):

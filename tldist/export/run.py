@@ -12,7 +12,7 @@ from tldist import __version__
 from tldist.bundle import WEIGHTS, BundleConfig, parent_record, read_bundle
 from tldist.errors import CheckFailed, RecipeError, needs
 from tldist.export.profile import Profile, find_profile
-from tldist.export.recipe import OUTPUTS, ExportRecipe
+from tldist.export.recipe import ExportRecipe
 from tldist.export.samples import gather_samples
 from tldist.export.verdict import FORMAT, Verdict, judge
 from tldist.files import atomic_folder, read_json, sha256_file, write_json
@@ -73,10 +73,10 @@ def run(recipe: ExportRecipe) -> Outcome:
 
 
 def _outputs(recipe: ExportRecipe, bundle: BundleConfig) -> tuple[str, ...]:
-    outputs = OUTPUTS[recipe.output]
-    if LOGITS in outputs and not bundle.classes:
-        raise RecipeError(f"output={recipe.output}: the bundle has no classes; use output=features.")
-    return outputs
+    if LOGITS in recipe.outputs and not bundle.classes:
+        words = ",".join(recipe.output)
+        raise RecipeError(f"output={words}: the bundle has no classes; use output=features.")
+    return recipe.outputs
 
 
 def _finished(recipe: ExportRecipe, profile: Profile, bundle: BundleConfig) -> Outcome | None:

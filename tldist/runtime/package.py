@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,7 +29,12 @@ PARITY = "parity.json"
 FORMAT = "tldist.package/1"
 
 LOGITS, PROBABILITIES, FEATURES = "logits", "probabilities", "features"
-"""The names of a graph's outputs. A classifier's first one is the logits."""
+"""The names of a graph's outputs. A classifier's first one is the logits. Those of inner layers are called
+``features.LAYER``."""
+
+Input = Literal["fixed", "dynamic", "picture"]
+"""What the graph takes, uint8 (batch, H, W, 3): images of the one size that the preprocessing makes; of any
+size, computed at that size; or whole pictures of any size, which it resizes and crops itself."""
 
 
 class _Stored(BaseModel):
@@ -48,6 +53,9 @@ class _Stored(BaseModel):
     versions: dict[str, str]
     temperature: float = 1.0
     task: Task = "multiclass"
+    input: Input = "fixed"
+    exporter: dict[str, Any] = {}
+    steps: list[dict[str, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,9 @@ class PackageConfig:
         versions: of the libraries that made it.
         temperature: probabilities are ``softmax(logits / temperature)``, or ``sigmoid`` of that.
         task: multiclass (one class an image, softmax) or multilabel (any number of them, sigmoid).
+        input: what the graph takes.
+        exporter: which exporter made the graph, and why others did not.
+        steps: what was done to the graph after that, one by one, with what each brought.
     """
 
     classes: tuple[str, ...]
@@ -77,12 +88,16 @@ class PackageConfig:
     versions: dict[str, str] = field(default_factory=dict)
     temperature: float = 1.0
     task: Task = "multiclass"
+    input: Input = "fixed"
+    exporter: dict[str, Any] = field(default_factory=dict)
+    steps: tuple[dict[str, Any], ...] = ()
 
     @property
     def identity(self) -> str:
-        """Hash of what the package computes: graph, classes, preprocessing."""
+        """Hash of what the package computes: graph (with its external data), classes, preprocessing."""
         how = self.preprocessing.to_dict()
-        return sha256_text(canonical_json([list(self.classes), how, self.files.get(MODEL, "")]))
+        graph = [digest for name, digest in sorted(self.files.items()) if name.startswith(MODEL)]
+        return sha256_text(canonical_json([list(self.classes), how, *graph]))
 
     @property
     def profile_name(self) -> str:
@@ -97,9 +112,11 @@ class PackageConfig:
             "outputs": json.dumps(list(self.outputs)),
             "temperature": json.dumps(self.temperature),
             "task": self.task,
+            "input": self.input,
             "profile": self.profile_name,
             "bundle": self.bundle["identity"],
             "weights": self.bundle["weights"],
+            "lineage": json.dumps(self.lineage, ensure_ascii=False),
             "tldist": self.versions.get("tldist", __version__),
         }
 
@@ -197,12 +214,15 @@ def read_package(path: str | os.PathLike[str], *, verify: bool = True) -> Packag
         versions=stored.versions,
         temperature=stored.temperature,
         task=stored.task,
+        input=stored.input,
+        exporter=stored.exporter,
+        steps=tuple(stored.steps),
     )
 
 
 def write_package(folder: Path, config: PackageConfig) -> PackageConfig:
     """Write ``package.json`` beside the other files of a package, with their hashes; write it last."""
-    files = {name: sha256_file(folder / name) for name in (MODEL, REFERENCE, PARITY)}
+    files = {file.name: sha256_file(file) for file in sorted(folder.iterdir()) if file.name != CONFIG}
     written = replace(config, files=files)
     stored = _Stored(
         format=FORMAT,
@@ -216,6 +236,9 @@ def write_package(folder: Path, config: PackageConfig) -> PackageConfig:
         versions=written.versions,
         temperature=written.temperature,
         task=written.task,
+        input=written.input,
+        exporter=written.exporter,
+        steps=list(written.steps),
     )
     write_json(folder / CONFIG, stored.model_dump())
     return written
@@ -248,10 +271,11 @@ def graph_problems(session: Session, config: PackageConfig) -> list[str]:
     if session.outputs != config.outputs:
         problems.append(f"the graph's outputs are {session.outputs}, {CONFIG} says {config.outputs}.")
     how = config.preprocessing
-    if (session.height, session.width) != (how.height, how.width):
+    size = (how.height, how.width) if config.input == "fixed" else (None, None)
+    if (session.height, session.width) != size:
         problems.append(
-            f"the graph takes {session.height}x{session.width} pixels, "
-            f"{CONFIG} says {how.height}x{how.width}."
+            f"the graph takes {session.height}x{session.width} pixels, {CONFIG} says {size[0]}x{size[1]} "
+            f"(None: any)."
         )
     if config.classes and next(iter(config.outputs), "") != LOGITS:
         problems.append(f"it has class names, but its first output is not '{LOGITS}'.")

@@ -32,15 +32,15 @@ class Session:
     Attributes:
         raw: the ``onnxruntime.InferenceSession``.
         provider: the execution provider that runs it.
-        height, width: pixels of its input.
+        height, width: pixels of its input; None: any.
         outputs: width of each output, by name, in the graph's order.
         metadata: what the graph says about itself.
     """
 
     raw: Any
     provider: str
-    height: int
-    width: int
+    height: int | None
+    width: int | None
     outputs: dict[str, int]
     metadata: dict[str, str]
 
@@ -56,16 +56,20 @@ class Session:
         Raises:
             PackageError: images of another type or size.
         """
-        expected = (self.height, self.width, 3)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != expected:
+        if images.dtype != np.uint8 or images.ndim != 4 or not self.takes(images.shape[1:]):
             raise PackageError(
-                f"expected uint8 images (N, {self.height}, {self.width}, 3), "
+                f"expected uint8 images (N, {self.height or 'H'}, {self.width or 'W'}, 3), "
                 f"found {images.dtype} {images.shape}. tldist.runtime.preprocess.prepare makes them."
             )
         if not len(images):
             return {name: np.zeros((0, width), np.float32) for name, width in self.outputs.items()}
         values = self.raw.run(list(self.outputs), {INPUT: np.ascontiguousarray(images)})
         return {name: np.asarray(value, np.float32) for name, value in zip(self.outputs, values)}
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether it takes images of a shape (H, W, 3)."""
+        height, width, channels = shape
+        return channels == 3 and self.height in (None, height) and self.width in (None, width)
 
 
 def open_session(
@@ -151,13 +155,13 @@ def _create(model: str | bytes, provider: str, options: Mapping[str, str] | None
     return session
 
 
-def _shape_of(model: Path, raw: Any) -> tuple[int, int]:
-    """(H, W) of the one input."""
+def _shape_of(model: Path, raw: Any) -> tuple[int | None, int | None]:
+    """(H, W) of the one input; None where any will do."""
     found = [(value.name, value.type, value.shape) for value in raw.get_inputs()]
     if len(found) == 1 and found[0][:2] == (INPUT, "tensor(uint8)") and len(found[0][2]) == 4:
         batch, height, width, channels = found[0][2]
-        if isinstance(batch, str) and isinstance(height, int) and isinstance(width, int) and channels == 3:
-            return height, width
+        if isinstance(batch, str) and channels == 3:
+            return (height if isinstance(height, int) else None), (width if isinstance(width, int) else None)
     raise PackageError(
         f"{model}: not a graph that tldist exported: expected one input '{INPUT}', uint8 (batch, H, W, 3), "
         f"found {found}."
