@@ -48,6 +48,8 @@ TORCH_FREE_ROOMS = (
 )
 NEED_TORCH = {
     "tldist.embed.torch_engine": "embeds with a bundle",
+    "tldist.export.graph": "is the module that is converted",
+    "tldist.export.conversion_check": "asks the module that was converted",
     "tldist.export.converter": "traces the module that it converts",
 }
 """The modules of these rooms that may import torch, and why."""

@@ -1,162 +1,206 @@
-"""The part of export that needs torch: the module that is exported, its answers, and its ONNX file."""
+"""From the module to an ONNX graph: by PyTorch's exporters, none of which is taken at its word."""
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
+import os
+import re
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import onnx
 import onnxscript  # noqa: F401 - the dynamo exporter needs it, and says so too late
 import torch
-from torch import Tensor, nn
 
-from tldist.bundle import BundleConfig, Task
-from tldist.errors import ModelError
-from tldist.models.heads import tapped
-from tldist.models.load import input_tensor, load_bundle
-from tldist.progress import warn
-from tldist.runtime.package import FEATURES, LOGITS, PROBABILITIES
-from tldist.runtime.preprocess import Preprocessing
-from tldist.runtime.reference import Reference, Samples
+from tldist.errors import CheckFailed, ModelError
+from tldist.export.conversion_check import graph_fault, picture_fault, structure_fault
+from tldist.export.graph import ExportGraph, answer, check_free_size, load_graph
+from tldist.export.onnx_file import opset_of, save, tidy
+from tldist.export.picture import take_pictures
+from tldist.runtime.package import MODEL
 from tldist.runtime.session import INPUT
 
-_LARGEST_FILE = 2**31 - 2**24
-"""Bytes of weights that fit one ONNX file (protobuf's limit is 2 GiB), with room for the graph."""
-_BATCH = 16
+__all__ = ["EXPORTERS", "Converted", "ExportGraph", "answer", "convert", "load_graph", "save"]
+
+Exporter = Literal["auto", "dynamo", "torchscript"]
 
 
-class ExportGraph(nn.Module):
-    """What is exported: uint8 images to the asked-for outputs, normalisation inside.
+@dataclass(frozen=True)
+class Converted:
+    """An ONNX graph, and how it came to be.
 
-    Args:
-        model: normalised images to logits.
-        how: its preprocessing.
-        outputs: names, in order.
-        temperature: of the probabilities.
-        task: whose probabilities they are.
+    Attributes:
+        proto: the graph.
+        exporter: ``dynamo`` or ``torchscript``.
+        opset: version of ONNX's operators that it uses.
+        refused: (exporter, reason) of those that were tried before.
+        versions: of the libraries that made it.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        how: Preprocessing,
-        outputs: Sequence[str],
-        temperature: float = 1.0,
-        task: Task = "multiclass",
-    ) -> None:
-        super().__init__()
-        self.model, self.how, self.outputs = model, how, tuple(outputs)
-        self.temperature, self.task = temperature, task
+    proto: onnx.ModelProto = field(repr=False)
+    exporter: str
+    opset: int
+    refused: tuple[tuple[str, str], ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """uint8 (N, H, W, 3) to one (N, D) an output, in the precision of the weights."""
-        dtype = next(self.model.parameters()).dtype
-        with tapped(self.model) as features:
-            logits = self.model(input_tensor(images, self.how, dtype=dtype))
-            found = {LOGITS: logits, FEATURES: features()}
-        scaled = logits / self.temperature
-        found[PROBABILITIES] = scaled.sigmoid() if self.task == "multilabel" else scaled.softmax(1)
-        return tuple(found[name] for name in self.outputs)
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON data, without the graph."""
+        refused = [{"exporter": name, "reason": reason} for name, reason in self.refused]
+        return {
+            "name": self.exporter,
+            "opset": self.opset,
+            "refused": refused,
+            "versions": dict(self.versions),
+        }
 
 
-def load_graph(
-    path: Path, outputs: Sequence[str], *, trust_code: bool = False, verify: bool = True
-) -> tuple[ExportGraph, BundleConfig]:
-    """The module to export of a bundle, in evaluation mode, and the bundle's configuration."""
-    model, config = load_bundle(path, trust_code=trust_code, verify=verify)
-    graph = ExportGraph(model, config.preprocessing, outputs, config.temperature, config.task)
-    return graph.eval(), config
-
-
-def answer(graph: ExportGraph, samples: Samples) -> Reference:
-    """PyTorch's answers to the samples, in float32 and, as the referee, in float64."""
-    expected = _forward(graph, samples.images)
-    try:
-        referee = _forward(copy.deepcopy(graph).double(), samples.images)
-    except RuntimeError as error:  # code of one's own may insist on float32
-        warn(f"the model does not run in float64, so parity has no referee: {str(error).splitlines()[0]}")
-        referee = {}
-    return Reference(samples, {name: values.astype(np.float32) for name, values in expected.items()}, referee)
-
-
-@torch.no_grad()
-def _forward(graph: ExportGraph, images: np.ndarray) -> dict[str, np.ndarray]:
-    parts = [graph(torch.from_numpy(images[at : at + _BATCH])) for at in range(0, len(images), _BATCH)]
-    return {name: torch.cat([part[i] for part in parts]).numpy() for i, name in enumerate(graph.outputs)}
-
-
-def convert(graph: ExportGraph, opset: int | None) -> onnx.ModelProto:
-    """Export by the dynamo exporter, with any batch size, and check the result's structure.
-
-    Raises:
-        ModelError: the module cannot be exported, or its batch size came out fixed.
-    """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
-    if size > _LARGEST_FILE:
-        raise ModelError(f"the model's weights are {size:,} bytes; one ONNX file holds {_LARGEST_FILE:,}.")
-    example = torch.zeros(2, graph.how.height, graph.how.width, 3, dtype=torch.uint8)
-    try:
-        with _quiet():
-            program = torch.onnx.export(
-                graph,
-                (example,),
-                dynamo=True,
-                verbose=False,
-                opset_version=opset,
-                input_names=[INPUT],
-                output_names=list(graph.outputs),
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            )
-    except Exception as error:  # the exporter wraps whatever the module raises
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ModelError(f"{type(graph.model).__name__} cannot be exported to ONNX: {reason}") from error
+def by_dynamo(graph: ExportGraph, opset: int | None) -> onnx.ModelProto:
+    """Export what `torch.export` captures (its optimiser folds constants and BatchNorm)."""
+    free: dict[int, Any] = {0: torch.export.Dim("batch", min=1)}
+    if graph.input == "dynamic":
+        free = {0: "batch", 1: "height", 2: "width"}
+    program = torch.onnx.export(
+        graph,
+        (graph.example(),),
+        dynamo=True,
+        verbose=False,
+        opset_version=opset,
+        input_names=[INPUT],
+        output_names=list(graph.outputs),
+        dynamic_shapes=(free,),
+    )
     assert program is not None  # dynamo=True returns a program
     proto: onnx.ModelProto = program.model_proto
-    _strip_traces(proto)
-    onnx.checker.check_model(proto, full_check=True)
-    _check_batch(proto)
     return proto
 
 
-def save(proto: onnx.ModelProto, path: Path, metadata: dict[str, str]) -> None:
-    """Write a graph with what it says about itself."""
-    onnx.helper.set_model_props(proto, metadata)
-    onnx.save_model(proto, path)
+def by_torchscript(graph: ExportGraph, opset: int | None) -> onnx.ModelProto:
+    """Export what a run with an example traces: deprecated, but it knows operators that dynamo does not."""
+    free = {0: "batch", 1: "height", 2: "width"} if graph.input == "dynamic" else {0: "batch"}
+    with tempfile.TemporaryDirectory(prefix="tldist-") as folder:
+        path = Path(folder) / MODEL  # a file, not memory: beyond 2 GiB it writes the weights beside it
+        torch.onnx.export(
+            graph,
+            (graph.example(),),
+            path,
+            dynamo=False,
+            verbose=False,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=list(graph.outputs),
+            dynamic_axes={INPUT: free, **{name: {0: "batch"} for name in graph.outputs}},
+        )
+        return onnx.load(path)
+
+
+EXPORTERS: Mapping[str, Callable[[ExportGraph, int | None], onnx.ModelProto]] = {
+    "dynamo": by_dynamo,
+    "torchscript": by_torchscript,
+}
+"""In the order in which ``auto`` tries them."""
+
+
+def convert(
+    graph: ExportGraph,
+    opset: int | None,
+    exporter: Exporter = "auto",
+    check: Callable[[onnx.ModelProto], str] | None = None,
+) -> Converted:
+    """Export, with any batch size, by the first exporter whose graph is right.
+
+    A graph is right if its structure is (`onnx.checker`; free batch; it loads in ONNX Runtime) and it answers
+    what the module answers, on the CPU, at every batch and image size that is tried; and if ``check`` agrees.
+
+    Args:
+        graph: in evaluation mode.
+        opset: of ONNX's operators; None: the exporter's default.
+        exporter: which one; ``auto``: dynamo, and where it fails or is wrong, TorchScript.
+        check: from a graph to what is wrong with it, in words; empty: nothing.
+
+    Raises:
+        ModelError: no exporter can do it, or the input's size cannot be free; names all reasons.
+        CheckFailed: every exporter's graph answers something else than the module.
+    """
+    if graph.input == "dynamic":
+        check_free_size(graph)
+    refused: list[tuple[str, str]] = []
+    only_values = True
+    for name in EXPORTERS if exporter == "auto" else (exporter,):
+        proto, fault, values = _tried(EXPORTERS[name], graph, opset)
+        if proto is not None and not fault and check:
+            fault, values = check(proto), True
+        if proto is not None and not fault:
+            return Converted(proto, name, opset_of(proto), tuple(refused), _versions())
+        refused.append((name, fault))
+        only_values &= values
+        del proto  # before the next one is made
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in refused)
+    message = f"{type(graph.model).__name__} cannot be exported to ONNX: {reasons}"
+    raise CheckFailed(message) if only_values else ModelError(message)
+
+
+def _tried(
+    export: Callable[[ExportGraph, int | None], onnx.ModelProto], graph: ExportGraph, opset: int | None
+) -> tuple[onnx.ModelProto | None, str, bool]:
+    """What an exporter makes of the module: the graph, its fault, and whether that is about values."""
+    try:
+        with _quiet():
+            proto = export(graph, opset)
+    except Exception as error:  # the exporters wrap whatever the module raises
+        return None, _reason(error), False
+    tidy(proto, graph.widths())
+    if fault := structure_fault(graph, proto, opset):
+        return proto, fault, False
+    fault, values = graph_fault(graph, proto)
+    if not fault and graph.input == "picture":
+        take_pictures(proto, graph.how)
+        return proto, picture_fault(proto, graph.how), False
+    return proto, fault, values
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was raised first."""
+    text = str(error.__cause__ or error).strip() or type(error).__name__
+    return re.sub(r"\x1b\[[0-9;]*m", "", text.splitlines()[0])[:300]
+
+
+def _versions() -> dict[str, str]:
+    return {library: version(library) for library in ("torch", "onnx", "onnxscript")}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells its story by warnings, logging and print; what counts is in the error it raises."""
+    """The exporters tell their story by warnings, logging and print; what counts is in the error."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            redirect_stdout(io.StringIO()),
+            redirect_stderr(io.StringIO()),
+            _closed_outlet(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
 
 
-def _strip_traces(proto: onnx.ModelProto) -> None:
-    """Remove the exporter's notes (stack traces with this machine's paths); keep each node's module path."""
-    for node in proto.graph.node:
-        kept = [entry for entry in node.metadata_props if entry.key == "pkg.torch.onnx.name_scopes"]
-        del node.metadata_props[:]
-        node.metadata_props.extend(kept)
-    graph = proto.graph
-    for values in (graph.value_info, graph.input, graph.output, graph.initializer):
-        for value in values:
-            del value.metadata_props[:]
-    del graph.metadata_props[:]
-
-
-def _check_batch(proto: onnx.ModelProto) -> None:
-    for value in (*proto.graph.input, *proto.graph.output):
-        if not value.type.tensor_type.shape.dim[0].dim_param:
-            raise ModelError(f"the exported graph's batch size is fixed at '{value.name}'; it must be free.")
+@contextmanager
+def _closed_outlet() -> Iterator[None]:
+    """Where the TorchScript exporter fails, its C++ prints the graph to the process's own standard output."""
+    kept = os.dup(1)
+    with Path(os.devnull).open("wb") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -49,12 +49,21 @@ def run(recipe: ExportRecipe) -> Outcome:
     with needs("train"):  # the package's other modules run without torch, and so does `tldist parity PACKAGE`
         from tldist.export import converter
     require_provider(profile.provider, profile.provider_options)
-    graph, _ = converter.load_graph(folder, outputs, trust_code=recipe.trust_code, verify=False)
+    graph, _ = converter.load_graph(
+        folder,
+        outputs,
+        pool=recipe.pool,
+        l2=recipe.l2,
+        input=recipe.input,
+        trust_code=recipe.trust_code,
+        verify=False,
+    )
     _show_plan(recipe, profile, folder, bundle, outputs)
 
     reference = converter.answer(graph, gather_samples(recipe.data, recipe.samples, bundle.preprocessing))
     start = time.monotonic()
-    proto = converter.convert(graph, profile.opset)
+    converted = converter.convert(graph, profile.opset, recipe.exporter)
+    proto = converted.proto
     say(f"converted to {len(proto.graph.node)} nodes in {time.monotonic() - start:.1f} s")
 
     config = _describe(recipe, profile, folder, bundle, reference)

@@ -83,29 +83,38 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def tapped(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+def tapped(
+    model: nn.Module, reduce: Callable[[Tensor, Head], Tensor] | None = None
+) -> Iterator[Callable[[], Tensor]]:
     """While inside, what the head reads in a forward pass can be had as (N, D) features.
 
     The features of an ensemble are those of its members side by side.
+
+    Args:
+        model: with one head, or several models with a head each.
+        reduce: from what a head reads, and the head, to (N, D); None: the mean over space.
 
     Yields:
         A function that gives the features of the last forward pass.
     """
     with ExitStack() as stack:
-        taps = [stack.enter_context(_tapped(single)) for single in single_models(model)]
+        taps = [stack.enter_context(_tapped(single, reduce)) for single in single_models(model)]
         yield lambda: taps[0]() if len(taps) == 1 else torch.cat([tap() for tap in taps], 1)
 
 
 @contextmanager
-def _tapped(model: nn.Module) -> Iterator[Callable[[], Tensor]]:
+def _tapped(
+    model: nn.Module, reduce: Callable[[Tensor, Head], Tensor] | None
+) -> Iterator[Callable[[], Tensor]]:
     seen: list[Tensor] = []
+    head = find_head(model)[1]
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen[:] = [inputs[0]]
 
-    handle = find_head(model)[1].register_forward_pre_hook(keep)
+    handle = head.register_forward_pre_hook(keep)
     try:
-        yield lambda: pool(seen[0])
+        yield lambda: reduce(seen[0], head) if reduce else pool(seen[0])
     finally:
         handle.remove()
 
