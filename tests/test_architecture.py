@@ -43,6 +43,7 @@ TORCH_FREE_ROOMS = (
     "tldist.report.",
     "tldist.doctor.",
     "tldist.export.",
+    "tldist.serve.",
     "tldist.fuse.weights.",
     "tldist.fuse.raw.",
 )
