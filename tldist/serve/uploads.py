@@ -15,7 +15,7 @@ from starlette.requests import Request
 
 from tldist.runtime.decode import BadImage, open_image
 from tldist.runtime.package import PackageConfig
-from tldist.runtime.preprocess import prepare
+from tldist.runtime.preprocess import prepare, prepare_picture
 from tldist.serve.recipe import ServeRecipe
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
@@ -139,7 +139,9 @@ def decode(data: bytes, config: PackageConfig, max_pixels: int) -> np.ndarray:
             raise BadImage(f"format {image.format}: not among {', '.join(FORMATS)}")
         if image.width * image.height > max_pixels:
             raise BadImage(f"{image.width}x{image.height} pixels: larger than {max_pixels:,}")
-        return prepare(data, config.preprocessing)
+        # A graph with input=dynamic would take any size; it gets the one that it was trained with.
+        whole = config.input == "picture"
+        return (prepare_picture if whole else prepare)(data, config.preprocessing)
     except BadImage as error:
         # Pillow's own words may hold the repr of an object, with its address.
         raise BadImage(re.sub(r"<[^>]*>", "the file", str(error))[:300]) from error
