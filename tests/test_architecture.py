@@ -182,6 +182,7 @@ DOCUMENTS = [
         *REPOSITORY.glob("*.md"),
         *(REPOSITORY / "docs").rglob("*.md"),
         *REPOSITORY.glob("*/README.md"),
+        REPOSITORY / "export" / "serving.md",
     ]
     if path.name != "CHANGELOG.md"
 ]

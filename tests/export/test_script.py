@@ -134,7 +134,7 @@ def test_script__prepares_the_same_pixels(exported: tuple[Path, Path], hundred: 
 
 @pytest.mark.realdata
 def test_script__on_photos(exported: tuple[Path, Path], real_data: Path, tmp_path: Path) -> None:
-    labels, _ = run_script(exported[1] / "model.onnx", real_data / "photos", tmp_path)
+    labels, _ = run_script(exported[1] / "model.onnx", real_data / "photos" / "val", tmp_path)
     files = list(labels)
     expected = predict(Package.open(exported[1], threads=1), files)
     assert [labels[file] for file in files] == [found.label for found in expected]

@@ -6,6 +6,8 @@ import contextlib
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support import run_tldist
+from tests.support import REPOSITORY, run_tldist
 from tests.support_serve import (
+    CLASSES,
     Reply,
     Server,
     as_png,
@@ -87,7 +90,7 @@ def test_batching__who_waits_shares_a_batch_and_the_bad_fail_alone(server: Serve
     files = [as_png(picture) for picture in pictures]
     files[1], files[4] = b"rubbish", files[4][:-30]
     before = server.metrics()
-    with ThreadPoolExecutor(6) as pool, busy(server, 27) as blocker:
+    with ThreadPoolExecutor(6) as pool, busy(server, 60) as blocker:
         replies = list(pool.map(lambda data: server.predict(data, "?outputs=logits"), files))
         assert blocker.result().status == 200
     assert [reply.status for reply in replies] == [200, 422, 200, 200, 422, 200]
@@ -204,6 +207,29 @@ def test_hostile__bytes_and_clients_that_leave(server: Server, garbage: bytes) -
     assert server.predict(as_png(image_of(RANDOM))).status == 200
 
 
+def test_client__prints_a_label_or_the_reason(server: Server, tmp_path: Path) -> None:
+    pictures = {f"{number}.png": image_of(RANDOM) for number in range(5)}
+    for name, picture in pictures.items():
+        (tmp_path / name).write_bytes(as_png(picture))
+    (tmp_path / "bad.png").write_bytes(b"rubbish")
+    names = [*pictures, "bad.png"]
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "export/client.py", f"http://{server.host}:{server.port}", *names],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+        check=True,
+    )
+    *lines, last = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == list(pictures)
+    for line, picture in zip(lines, pictures.values()):
+        powers = np.exp(logits(picture[None])[0])
+        assert line[1] == CLASSES[int(powers.argmax())]
+        assert float(line[2]) == pytest.approx(powers.max() / powers.sum(), abs=1e-4)
+    assert last[:2] == ["bad.png", "error 422"]
+
+
 def test_metrics__count_what_happened(server: Server) -> None:
     before = server.metrics()
     server.predict(as_png(image_of(RANDOM)))
@@ -248,16 +274,14 @@ def test_ready__only_once_the_model_is_loaded_and_warm(tmp_path: Path) -> None:
 
 
 def test_pictures__of_different_sizes_do_not_share_a_batch(tmp_path: Path) -> None:
-    server = Server(write_colour_package(tmp_path / "package", any_size=True))
+    server = Server(write_colour_package(tmp_path / "package", any_size=True), "max_delay_ms=1000")
     pictures = [image_of(RANDOM, size=(30 + number % 3, 40)) for number in range(12)]
-    with ThreadPoolExecutor(12) as pool, busy(server, 20):
-        replies = list(pool.map(lambda picture: server.predict(as_png(picture), "?outputs=logits"), pictures))
-    for reply, picture in zip(replies, pictures):
-        np.testing.assert_allclose(
-            reply.json["predictions"][0]["logits"], logits(picture[None])[0], atol=1e-5
-        )
+    body, kind = multipart({f"{number}.png": as_png(picture) for number, picture in enumerate(pictures)})
+    reply = server.predict(body, "?outputs=logits", kind)
+    for found, picture in zip(reply.json["predictions"], pictures, strict=True):
+        np.testing.assert_allclose(found["logits"], logits(picture[None])[0], atol=1e-5)
     found = server.metrics()
-    assert (found["tldist_batch_size_sum"], found["tldist_batch_size_count"]) == (13, 4)
+    assert (found["tldist_batch_size_sum"], found["tldist_batch_size_count"]) == (12, 3)
     assert server.stop()[0] == 0
 
 
