@@ -20,9 +20,9 @@ FROM metadata AS train-libraries
 RUN pip install -c constraints.txt '.[train,report]' && pip uninstall -y tldist
 
 FROM metadata AS serve-libraries
-# embed: vectors from a package; gpu: the ONNX Runtime that has both CUDA and CPU (choose cpu for a smaller image)
+# embed: vectors from a package; serve: HTTP; gpu: the ONNX Runtime that has both CUDA and CPU (choose cpu for a smaller image)
 ARG RUNTIME=gpu
-RUN pip install -c constraints.txt ".[$RUNTIME,embed]" && pip uninstall -y tldist
+RUN pip install -c constraints.txt ".[$RUNTIME,embed,serve]" && pip uninstall -y tldist
 
 FROM train-libraries AS train
 COPY . .
@@ -36,7 +36,7 @@ FROM serve-libraries AS serve
 COPY . .
 # The claim is proved while building: the image has no torch, and tldist works without it.
 RUN pip install --no-deps . && rm -rf /src/* \
-    && ! python -c "import torch" 2>/dev/null && python -c "import tldist.runtime.package, tldist.embed.run"
+    && ! python -c "import torch" 2>/dev/null && python -c "import tldist.runtime.package, tldist.embed.run, tldist.serve.run"
 USER tldist
 WORKDIR /work
 ENTRYPOINT ["tldist"]

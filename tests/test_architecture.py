@@ -43,6 +43,7 @@ TORCH_FREE_ROOMS = (
     "tldist.report.",
     "tldist.doctor.",
     "tldist.export.",
+    "tldist.serve.",
     "tldist.fuse.weights.",
     "tldist.fuse.raw.",
 )
@@ -183,6 +184,7 @@ DOCUMENTS = [
         *REPOSITORY.glob("*.md"),
         *(REPOSITORY / "docs").rglob("*.md"),
         *REPOSITORY.glob("*/README.md"),
+        REPOSITORY / "export" / "serving.md",
     ]
     if path.name != "CHANGELOG.md"
 ]

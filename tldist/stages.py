@@ -89,6 +89,13 @@ STAGES: dict[str, Stage] = {
         "embed",
         distributed=True,
     ),
+    "serve": Stage(
+        "answer HTTP requests with a package (no torch)",
+        "PACKAGE [host=127.0.0.1] [port=8000]",
+        "tldist.serve.recipe:ServeRecipe",
+        "tldist.serve.run:run",
+        "serve",
+    ),
     "report": Stage(
         "one self-contained HTML page from runs and packages",
         "RUN ... out=report.html",

@@ -158,7 +158,7 @@ def test_machine__gpu_names_come_from_the_drivers_tool(
 
 def test_extras__are_those_of_pyproject() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    imports = {"scikit-learn": "sklearn", "onnxruntime-gpu": "onnxruntime", "ml-dtypes": "ml_dtypes"}
+    imports = {"scikit-learn": "sklearn", "onnxruntime-gpu": "onnxruntime"}
     for extra, names in EXTRAS.items():
         needs = {re.split(r"[<>=!~;\[ ]", need)[0] for need in project["optional-dependencies"][extra]}
-        assert {imports.get(need, need) for need in needs} - {"tldist"} == set(names)
+        assert {imports.get(need, need.replace("-", "_")) for need in needs} - {"tldist"} == set(names)

@@ -120,6 +120,18 @@ def test_decode__exif_orientation_is_applied(orientation: int, fmt: str) -> None
     assert upright_size(open_image(data)) == (found.shape[1], found.shape[0])
 
 
+@pytest.mark.parametrize("orientation", sorted(TURNS))
+@pytest.mark.parametrize("mode", ["RGB", "L", "F"])
+def test_decode__exif_orientation_of_tiff(orientation: int, mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(smooth(64, 40)).convert(mode)
+    data = encode(picture, "TIFF", exif=exif)
+    found = decode(data)
+    np.testing.assert_array_equal(found, TURNS[orientation](np.asarray(picture.convert("RGB"))))
+    assert upright_size(open_image(data)) == (found.shape[1], found.shape[0])
+
+
 def test_decode__draft_covers_what_was_asked_for() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

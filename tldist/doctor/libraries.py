@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "onnxruntime",
     ),
     "embed": ("pyarrow", "tqdm"),
+    "serve": ("starlette", "uvicorn", "httptools", "python_multipart", "prometheus_client"),
     "report": ("jinja2", "matplotlib"),
     "demo": ("sklearn",),
     "timm": ("timm",),
@@ -35,7 +36,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 DISTRIBUTIONS = (
     "numpy", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "torchvision", "accelerate", "onnx",
     "onnxscript", "onnxruntime", "onnxruntime-gpu", "pyarrow", "torchmetrics", "scipy", "ml-dtypes",
-    "imagehash", "tensorboard", "matplotlib", "scikit-learn",
+    "imagehash", "tensorboard", "matplotlib", "scikit-learn", "starlette", "uvicorn",
 )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def _orientation(image: Image.Image) -> int:
 
 def upright_size(image: Image.Image) -> Size:
     """Width and height in pixels after the EXIF orientation is applied, without decoding."""
-    turned = _orientation(image) in _TURNED
+    turned = _orientation(image) in _TURNED and image.format != "TIFF"  # whose size Pillow gives upright
     return (image.height, image.width) if turned else (image.width, image.height)
 
 

@@ -1,0 +1,1 @@
+"""Serve: a package behind HTTP, with batching, limits, health and metrics; no torch."""
