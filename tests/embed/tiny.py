@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tldist.runtime.package import MODEL, PARITY, REFERENCE, PackageConfig, write_package
 from tldist.runtime.preprocess import Preprocessing
+from tldist.runtime.reference import Reference, Samples, write_reference
 
 SIZE = 32
 """Pixels of its input."""
@@ -21,7 +22,11 @@ def tiny_package(path: Path, weights: np.ndarray, output: str = "features") -> P
     outputs = {output: weights.shape[1]}
     classes = tuple(f"c{k}" for k in range(weights.shape[1])) if output == "logits" else ()
     how = Preprocessing(height=SIZE, width=SIZE, resize=SIZE)
-    config = PackageConfig(classes, how, outputs, {"name": "cpu-fp32"}, {"identity": "i", "weights": "w"})
+    profile = {
+        "name": "cpu-fp32",
+        "tolerances": {"max_relative": 1e-5, "min_cosine": 0.999, "max_flipped": 0},
+    }
+    config = PackageConfig(classes, how, outputs, profile, {"identity": "i", "weights": "w"})
     nodes = [
         helper.make_node("Cast", ["images"], ["real"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["real", "axes"], ["mean"], keepdims=0),
@@ -42,7 +47,10 @@ def tiny_package(path: Path, weights: np.ndarray, output: str = "features") -> P
         entry = model.metadata_props.add()
         entry.key, entry.value = key, value
     onnx.save(model, path / MODEL)
-    for name in (REFERENCE, PARITY):
-        (path / name).write_text("{}")
+    images = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE, 3), dtype=np.uint8)
+    samples = Samples(images, (("generated", 3),), ("a", "b", "c"))
+    expected = {output: images.mean((1, 2)).astype(np.float32) @ weights}
+    write_reference(path / REFERENCE, Reference(samples, expected))
+    (path / PARITY).write_text("{}")
     write_package(path, config)
     return path
