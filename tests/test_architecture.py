@@ -43,11 +43,13 @@ TORCH_FREE_ROOMS = (
     "tldist.report.",
     "tldist.doctor.",
     "tldist.export.",
+    "tldist.bench.",
     "tldist.fuse.weights.",
     "tldist.fuse.raw.",
 )
 NEED_TORCH = {
     "tldist.embed.torch_engine": "embeds with a bundle",
+    "tldist.bench.torch_variants": "runs the bundle beside the package",
     "tldist.export.converter": "traces the module that it converts",
 }
 """The modules of these rooms that may import torch, and why."""
