@@ -183,7 +183,7 @@ def test_compile__computes_the_same_or_says_why_not(network: Path, compiler: str
     else:
         assert compiled.failed
         assert compiled.output is None
-        assert len(eager.calls) == 1
+        assert eager.calls
 
 
 @pytest.mark.parametrize(
