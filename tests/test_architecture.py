@@ -44,6 +44,7 @@ TORCH_FREE_ROOMS = (
     "tldist.doctor.",
     "tldist.export.",
     "tldist.serve.",
+    "tldist.bench.",
     "tldist.fuse.weights.",
     "tldist.fuse.raw.",
 )
@@ -51,6 +52,7 @@ NEED_TORCH = {
     "tldist.embed.torch_engine": "embeds with a bundle",
     "tldist.export.graph": "is the module that is converted",
     "tldist.export.conversion_check": "asks the module that was converted",
+    "tldist.bench.torch_variants": "runs the bundle beside the package",
     "tldist.export.converter": "traces the module that it converts",
 }
 """The modules of these rooms that may import torch, and why."""

@@ -11,7 +11,7 @@ from typing import Any
 from tldist.runs import Outcome
 from tldist.stages import run_stage
 
-__all__ = ["Outcome", "align", "embed", "evaluate", "export", "finetune", "fuse", "parity", "report"]
+__all__ = ["Outcome", "align", "bench", "embed", "evaluate", "export", "finetune", "fuse", "parity", "report"]
 
 
 def finetune(**settings: Any) -> Outcome:
@@ -42,6 +42,11 @@ def export(**settings: Any) -> Outcome:
 def parity(**settings: Any) -> Outcome:
     """Compare a package with its bundle or its stored samples (`tldist.export.recipe.ParityRecipe`)."""
     return run_stage("parity", **settings)
+
+
+def bench(**settings: Any) -> Outcome:
+    """Time a package against PyTorch on this machine (`tldist.bench.recipe.BenchRecipe`)."""
+    return run_stage("bench", **settings)
 
 
 def embed(**settings: Any) -> Outcome:

@@ -81,6 +81,12 @@ STAGES: dict[str, Stage] = {
         "tldist.export.recipe:ParityRecipe",
         "tldist.export.parity_run:run",
     ),
+    "bench": Stage(
+        "time a package against PyTorch on this machine",
+        "PACKAGE [bundle=B] [batches=1,8,32] [threads=1] [out=RUN]",
+        "tldist.bench.recipe:BenchRecipe",
+        "tldist.bench.run:run",
+    ),
     "embed": Stage(
         "turn a domain of any size into shards of vectors",
         "MODEL data=D out=DIR | out=DIR verify=true",

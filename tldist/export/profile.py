@@ -60,6 +60,8 @@ class Profile(Recipe):
     """ONNX Runtime's name of the execution provider that runs it, for parity and when it serves."""
     provider_options: dict[str, str] = Field(default_factory=dict)
     """As ONNX Runtime documents them for the provider."""
+    max_cpu_nodes: int = Field(default=0, ge=0)
+    """Nodes that another provider than the CPU's may leave to the CPU, beside the arithmetic of shapes."""
     tolerances: Tolerances
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,10 @@ from tldist import __version__
 from tldist.bundle import Task, verify_files
 from tldist.errors import PackageError
 from tldist.files import canonical_json, read_json, sha256_file, sha256_text, write_json
+from tldist.runtime import selftest
 from tldist.runtime.preprocess import Preprocessing
+from tldist.runtime.provider import Settings
+from tldist.runtime.reference import read_reference
 from tldist.runtime.session import CPU, Session, open_session
 
 CONFIG = "package.json"
@@ -139,33 +143,97 @@ class Package:
         path: str | os.PathLike[str],
         *,
         verify: bool = True,
-        threads: int | None = None,
+        self_test: bool = True,
+        warm_up: Sequence[int] = (),
         provider: str | None = None,
+        threads: int | None = None,
+        spinning: bool = True,
+        optimization: Literal["all", "extended", "basic", "none"] = "all",
+        cuda_graphs: Sequence[int] = (),
+        max_cpu_nodes: int | None = None,
     ) -> Package:
         """Open a package.
 
         Args:
             path: the folder.
             verify: compare hashes, and what the graph says about itself with ``package.json``.
-            threads: that one operator may use; None: ONNX Runtime's choice, all cores.
+            self_test: run some of the stored samples and compare with the stored answers.
+            warm_up: batch sizes to run once, so that the first request does not pay for it.
             provider: ONNX Runtime's name of an execution provider; None: the one of the profile.
+            threads, spinning, optimization, cuda_graphs, max_cpu_nodes: see
+                `tldist.runtime.provider.Settings`; max_cpu_nodes None: what the profile allows.
 
         Raises:
-            PackageError: not a package, damaged, or its parts do not belong together.
-            MachineError: the provider does not exist here.
+            PackageError: not a package, damaged, its parts do not belong together, or it computes something
+                else here than where it was made.
+            MachineError: the provider does not exist here, or leaves the model's work to the CPU.
             MissingExtra: ONNX Runtime is not installed.
         """
         folder = Path(path)
         config = read_package(folder, verify=verify)
-        session = open_graph(folder, config, threads=threads, provider=provider)
+        most = _max_cpu_nodes(config) if max_cpu_nodes is None else max_cpu_nodes
+        how = Settings(threads, spinning, optimization, tuple(cuda_graphs), most)
+        session = open_graph(folder, config, provider=provider, settings=how)
         problems = graph_problems(session, config) if verify else []
         if problems:
             raise PackageError(f"{folder}: {problems[0]}")
-        return cls(folder, config, session)
+        package = cls(folder, config, session)
+        if self_test:
+            package.self_test()
+        package.warm_up(warm_up)
+        return package
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """uint8 images (N, H, W, 3), as `prepare` makes them, to float32 (N, D) of each output, by name."""
+        """Run the graph; several threads may.
+
+        Args:
+            images: uint8 (N, H, W, 3), RGB, as `prepare` makes them; of any size where ``config.input`` is
+                not ``fixed``, all of one call of the same.
+
+        Returns:
+            float32 (N, D) of each output, by name.
+        """
         return self.session.run(images)
+
+    def self_test(self, samples: int | None = selftest.SAMPLES) -> None:
+        """Run stored samples (None: all) and compare with the stored answers.
+
+        Raises:
+            PackageError: an answer differs by more than the profile allows: which output, and by how much.
+        """
+        reference = read_reference(self.path / REFERENCE)
+        tolerances = self.config.profile.get("tolerances", {})
+        problems = selftest.find_problems(self.session, reference, tolerances, samples)
+        if problems:
+            raise PackageError(f"{self.path}: {selftest.explain(problems, self.session)}")
+
+    def warm_up(self, batches: Sequence[int] = (1,)) -> dict[int, float]:
+        """Run grey images at the batch sizes that will be served.
+
+        The first run at a size is slow: memory is planned, a GPU's kernels are chosen and loaded, a CUDA
+        graph is recorded.
+
+        Returns:
+            Seconds of the first run, by batch size.
+        """
+        how = self.config.preprocessing
+        seconds = {}
+        for size in batches:
+            images = np.full((size, how.height, how.width, 3), 127, np.uint8)
+            start = time.perf_counter()
+            self.run(images)
+            seconds[size] = time.perf_counter() - start
+            self.run(images)  # a recorded graph is replayed
+        return seconds
+
+    def describe(self) -> dict[str, Any]:
+        """What runs here and how, as plain JSON data: for logs and reports."""
+        return {
+            "package": self.config.identity,
+            "profile": self.config.profile_name,
+            "input": self.config.input,
+            **self.session.describe(),
+        }
 
 
 def is_package(path: str | os.PathLike[str]) -> bool:
@@ -202,56 +270,39 @@ def read_package(path: str | os.PathLike[str], *, verify: bool = True) -> Packag
         raise PackageError(f"{folder / CONFIG}: no hash is recorded for {MODEL}; the package is incomplete.")
     if verify:
         verify_files(folder, stored.files, PackageError)
-    classes, profile = tuple(stored.classes), stored.profile
-    return PackageConfig(
-        classes=classes,
-        preprocessing=how,
-        outputs=stored.outputs,
-        profile=profile,
-        bundle=bundle,
-        lineage=stored.lineage,
-        files=stored.files,
-        versions=stored.versions,
-        temperature=stored.temperature,
-        task=stored.task,
-        input=stored.input,
-        exporter=stored.exporter,
-        steps=tuple(stored.steps),
-    )
+    values = stored.model_dump(exclude={"format"})
+    values |= {"classes": tuple(stored.classes), "preprocessing": how, "bundle": bundle}
+    return PackageConfig(**values | {"steps": tuple(stored.steps)})
 
 
 def write_package(folder: Path, config: PackageConfig) -> PackageConfig:
     """Write ``package.json`` beside the other files of a package, with their hashes; write it last."""
     files = {file.name: sha256_file(file) for file in sorted(folder.iterdir()) if file.name != CONFIG}
     written = replace(config, files=files)
-    stored = _Stored(
-        format=FORMAT,
-        classes=list(written.classes),
-        preprocessing=written.preprocessing.to_dict(),
-        outputs=written.outputs,
-        profile=written.profile,
-        bundle=written.bundle,
-        lineage=written.lineage,
-        files=files,
-        versions=written.versions,
-        temperature=written.temperature,
-        task=written.task,
-        input=written.input,
-        exporter=written.exporter,
-        steps=list(written.steps),
-    )
+    values = {**vars(written), "classes": list(written.classes), "steps": list(written.steps)}
+    stored = _Stored(format=FORMAT, **values | {"preprocessing": written.preprocessing.to_dict()})
     write_json(folder / CONFIG, stored.model_dump())
     return written
 
 
 def open_graph(
-    folder: Path, config: PackageConfig, *, threads: int | None = None, provider: str | None = None
+    folder: Path,
+    config: PackageConfig,
+    *,
+    threads: int | None = None,
+    provider: str | None = None,
+    settings: Settings | None = None,
 ) -> Session:
     """Load a package's graph on a provider: the one that is given, else the profile's with its options."""
     own = str(config.profile.get("provider", CPU))
     chosen = provider or own
     options = config.profile.get("provider_options") if chosen == own else None
-    return open_session(folder / MODEL, provider=chosen, provider_options=options, threads=threads)
+    how = settings or Settings(threads=threads, max_cpu_nodes=_max_cpu_nodes(config))
+    return open_session(folder / MODEL, provider=chosen, provider_options=options, settings=how)
+
+
+def _max_cpu_nodes(config: PackageConfig) -> int:
+    return int(config.profile.get("max_cpu_nodes", 0))
 
 
 def file_problems(folder: Path, files: Mapping[str, str]) -> list[str]:

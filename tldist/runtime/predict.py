@@ -1,22 +1,19 @@
-"""From pictures to class names with a package: paths, bytes or arrays in, labels and probabilities out."""
+"""From pictures to class names or vectors with a package: paths, bytes or arrays in, answers out."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import numpy as np
-from PIL import Image
 
 from tldist.bundle import Task
 from tldist.errors import PackageError
-from tldist.runtime.decode import BadImage, read_bytes
-from tldist.runtime.package import LOGITS, PROBABILITIES, Package
-from tldist.runtime.preprocess import Preprocessing, fit, prepare
-
-Source = str | os.PathLike[str] | bytes | np.ndarray
-"""A path, the bytes of an image file, or a decoded picture: uint8 (H, W, 3), RGB, of any size."""
+from tldist.runtime.decode import BadImage
+from tldist.runtime.package import FEATURES, LOGITS, PROBABILITIES, Package
+from tldist.runtime.sources import Source as Source
+from tldist.runtime.sources import run_sources
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,39 @@ class Prediction:
     top: tuple[tuple[str, float], ...]
 
 
+@overload
 def predict(
-    package: Package, sources: Sequence[Source], batch_size: int = 32, top: int = 5
-) -> list[Prediction]:
+    package: Package,
+    sources: Sequence[Source],
+    batch_size: int = 32,
+    top: int = 5,
+    *,
+    workers: int | None = None,
+    errors: Literal["raise"] = "raise",
+) -> list[Prediction]: ...
+
+
+@overload
+def predict(
+    package: Package,
+    sources: Sequence[Source],
+    batch_size: int = 32,
+    top: int = 5,
+    *,
+    workers: int | None = None,
+    errors: Literal["return"],
+) -> list[Prediction | BadImage]: ...
+
+
+def predict(
+    package: Package,
+    sources: Sequence[Source],
+    batch_size: int = 32,
+    top: int = 5,
+    *,
+    workers: int | None = None,
+    errors: Literal["raise", "return"] = "raise",
+) -> list[Prediction] | list[Prediction | BadImage]:
     """Classify pictures.
 
     Args:
@@ -44,6 +71,8 @@ def predict(
         sources: paths, bytes or arrays, in any mixture.
         batch_size: pictures that run at once.
         top: how many classes to name.
+        workers: threads that decode while the graph runs; 0: none; None: by the number of cores.
+        errors: ``raise`` the first source that cannot be decoded, or ``return`` its error in its place.
 
     Returns:
         One prediction a source, in order.
@@ -52,18 +81,81 @@ def predict(
         PackageError: the package is no classifier.
         BadImage: a source cannot be decoded; the message names it.
     """
-    if not package.config.classes:
-        raise PackageError(f"{package.path}: has no classes: a feature extractor. Use Package.run.")
-    found: list[Prediction] = []
-    for start in range(0, len(sources), batch_size):
-        chunk = sources[start : start + batch_size]
-        named = [(f"source {place}", source) for place, source in enumerate(chunk, start)]
-        images = [_prepare(source, name, package.config.preprocessing) for name, source in named]
-        for row in probabilities(
-            package.run(np.stack(images)), package.config.temperature, package.config.task
-        ):
-            found.append(_prediction(row, package.config.classes, top))
-    return found
+    config = package.config
+    if not config.classes:
+        raise PackageError(
+            f"{package.path}: has no classes: a feature extractor. Use tldist.runtime.predict.features."
+        )
+    found: dict[int, Prediction | BadImage] = {}
+    for answer in run_sources(package, sources, batch_size=batch_size, workers=workers, errors=errors):
+        found |= dict(answer.bad)
+        if answer.places:
+            rows = probabilities(answer.outputs, config.temperature, config.task)
+            for place, row in zip(answer.places, rows):
+                found[place] = _prediction(row, config.classes, top)
+    return [found[place] for place in range(len(sources))]
+
+
+@overload
+def features(
+    package: Package,
+    sources: Sequence[Source],
+    batch_size: int = 32,
+    *,
+    output: str = FEATURES,
+    workers: int | None = None,
+    errors: Literal["raise"] = "raise",
+) -> np.ndarray: ...
+
+
+@overload
+def features(
+    package: Package,
+    sources: Sequence[Source],
+    batch_size: int = 32,
+    *,
+    output: str = FEATURES,
+    workers: int | None = None,
+    errors: Literal["return"],
+) -> list[np.ndarray | BadImage]: ...
+
+
+def features(
+    package: Package,
+    sources: Sequence[Source],
+    batch_size: int = 32,
+    *,
+    output: str = FEATURES,
+    workers: int | None = None,
+    errors: Literal["raise", "return"] = "raise",
+) -> np.ndarray | list[np.ndarray | BadImage]:
+    """Vectors of pictures.
+
+    Args:
+        package: that gives features.
+        sources, batch_size, workers, errors: as for `predict`.
+        output: which of the graph's outputs.
+
+    Returns:
+        float32 (N, D), a row a source in order; with ``errors="return"`` a list of rows (D,), with errors
+        in the places of the sources that cannot be decoded.
+
+    Raises:
+        PackageError: the package has no such output.
+        BadImage: a source cannot be decoded; the message names it.
+    """
+    if output not in package.config.outputs:
+        raise PackageError(
+            f"{package.path}: gives {', '.join(package.config.outputs)}, not '{output}'. "
+            f"Export the bundle with output=features or output=both."
+        )
+    rows = np.full((len(sources), package.config.outputs[output]), np.nan, np.float32)
+    bad: dict[int, BadImage] = {}
+    for answer in run_sources(package, sources, batch_size=batch_size, workers=workers, errors=errors):
+        bad |= dict(answer.bad)
+        if answer.places:
+            rows[list(answer.places)] = answer.outputs[output]
+    return [bad.get(place, rows[place]) for place in range(len(rows))] if errors == "return" else rows
 
 
 def probabilities(
@@ -80,20 +172,6 @@ def probabilities(
     powers = np.exp(logits - logits.max(1, keepdims=True))
     values: np.ndarray = powers / powers.sum(1, keepdims=True)
     return values
-
-
-def _prepare(source: Source, name: str, how: Preprocessing) -> np.ndarray:
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
-            raise BadImage(f"{name}: expected uint8 (H, W, 3), found {source.dtype} {source.shape}")
-        return fit(Image.fromarray(source), how)
-    try:
-        if isinstance(source, bytes):
-            return prepare(source, how)
-        name = os.fspath(source)
-        return prepare(read_bytes(source), how)
-    except BadImage as error:
-        raise BadImage(f"{name}: {error}") from error
 
 
 def _prediction(row: np.ndarray, classes: tuple[str, ...], top: int) -> Prediction:

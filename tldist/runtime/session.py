@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from tldist.errors import MachineError, PackageError, close_matches, needs
+from tldist.errors import MachineError, PackageError
+from tldist.runtime.binding import Bindings
+from tldist.runtime.placement import CPU as CPU
+from tldist.runtime.placement import Placement, assigned, list_counts, profiled
+from tldist.runtime.provider import DEVICES, Settings, check_provider, create_session, onnx_runtime
+from tldist.runtime.provider import require_provider as require_provider
 
 INPUT = "images"
 """The name of the one input: uint8 (batch, H, W, 3), RGB."""
 
-CPU = "CPUExecutionProvider"
-
-_SILENT = 4
-# y = Identity(x), 65 bytes of ONNX: what a provider is tried with before anything is exported for it.
-_IDENTITY = (
-    b'\x08\x08:7\n\x10\n\x01x\x12\x01y"\x08Identity\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01'
-    b"b\x0f\n\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\x11"
-)
+_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+}
+_TRIAL_SIZE = 256
+"""Pixels of a trial image where the graph takes any size."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class Session:
         height, width: pixels of its input; None: any.
         outputs: width of each output, by name, in the graph's order.
         metadata: what the graph says about itself.
+        settings: how it runs.
+        placement: where its nodes run; None: all on the CPU, by an ONNX Runtime before 1.24.
+        bindings: buffers on the provider's device; None: ONNX Runtime copies.
     """
 
     raw: Any
@@ -43,9 +50,12 @@ class Session:
     width: int | None
     outputs: dict[str, int]
     metadata: dict[str, str]
+    settings: Settings = field(default_factory=Settings)
+    placement: Placement | None = None
+    bindings: Bindings | None = None
 
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Run the graph.
+        """Run the graph; several threads may.
 
         Args:
             images: uint8 (N, H, W, 3), RGB; N may be any number.
@@ -63,6 +73,8 @@ class Session:
             )
         if not len(images):
             return {name: np.zeros((0, width), np.float32) for name, width in self.outputs.items()}
+        if self.bindings is not None:
+            return self.bindings.run(images)
         values = self.raw.run(list(self.outputs), {INPUT: np.ascontiguousarray(images)})
         return {name: np.asarray(value, np.float32) for name, value in zip(self.outputs, values)}
 
@@ -71,6 +83,16 @@ class Session:
         height, width, channels = shape
         return channels == 3 and self.height in (None, height) and self.width in (None, width)
 
+    def describe(self) -> dict[str, Any]:
+        """How it runs, as plain JSON data: for logs and reports."""
+        return {
+            "provider": self.provider,
+            "provider_options": self.raw.get_provider_options().get(self.provider, {}),
+            "placement": self.placement.nodes if self.placement else {},
+            **asdict(self.settings),
+            "onnxruntime": str(onnx_runtime().__version__),
+        }
+
 
 def open_session(
     model: Path,
@@ -78,6 +100,7 @@ def open_session(
     provider: str = CPU,
     provider_options: Mapping[str, str] | None = None,
     threads: int | None = None,
+    settings: Settings | None = None,
 ) -> Session:
     """Load a graph.
 
@@ -85,74 +108,68 @@ def open_session(
         model: the ``.onnx`` file.
         provider: ONNX Runtime's name of the execution provider.
         provider_options: as ONNX Runtime documents them for it.
-        threads: that one operator may use; None: ONNX Runtime's choice, all cores.
+        threads: short for ``settings`` with these threads.
+        settings: how it runs.
 
     Raises:
         MissingExtra: ONNX Runtime is not installed.
-        MachineError: the provider does not exist here.
+        MachineError: the provider does not exist here, or would leave the model's work to the CPU.
         PackageError: the file is missing or damaged, or no graph from images to vectors.
     """
-    _check_name(provider)
+    how = settings or Settings(threads=threads)
+    check_provider(provider, how)
     if not model.is_file():
         raise PackageError(f"{model}: no such file (expected an ONNX graph).")
-    raw = _create(str(model), provider, provider_options, threads)
-    shape = _shape_of(model, raw)
-    outputs = {value.name: _width_of(model, value) for value in raw.get_outputs()}
-    metadata = dict(raw.get_modelmeta().custom_metadata_map)
-    return Session(raw, provider, shape[0], shape[1], outputs, metadata)
+    options = dict(provider_options or {})
+    if how.cuda_graphs:
+        options["enable_cuda_graph"] = "1"
+    with tempfile.TemporaryDirectory() as folder:  # for ONNX Runtime's profile, where it writes one
+        raw = create_session(str(model), provider, options, how, Path(folder))
+        shape = _shape_of(model, raw)
+        placement = assigned(raw) or (None if provider == CPU else _profile(raw, shape))
+    _check_placement(placement, provider, how.max_cpu_nodes)
+    outputs = {value.name: _output_of(model, value) for value in raw.get_outputs()}
+    return Session(
+        raw,
+        provider,
+        *shape,
+        outputs={name: width for name, (width, _) in outputs.items()},
+        metadata=dict(raw.get_modelmeta().custom_metadata_map),
+        settings=how,
+        placement=placement,
+        bindings=_bind(raw, provider, options, how, outputs) if provider in DEVICES else None,
+    )
 
 
-def require_provider(provider: str, provider_options: Mapping[str, str] | None = None) -> None:
-    """`MachineError` where an execution provider does not work here, found by running something on it."""
-    _check_name(provider)
-    _create(_IDENTITY, provider, provider_options, threads=1)
+def _profile(raw: Any, shape: tuple[int | None, int | None]) -> Placement:
+    """Where the nodes of one run ran, for an ONNX Runtime that does not remember where it put them."""
+    images = np.zeros((1, shape[0] or _TRIAL_SIZE, shape[1] or _TRIAL_SIZE, 3), np.uint8)
+    options = onnx_runtime().RunOptions()
+    options.add_run_config_entry("gpu_graph_id", "-1")  # a trial is not to be recorded
+    raw.run(None, {INPUT: images}, options)
+    return profiled(Path(raw.end_profiling()))
 
 
-def _onnxruntime() -> ModuleType:
-    with needs("cpu"):
-        import onnxruntime
-    # It prints its own account of every failed provider; ours is an exception.
-    onnxruntime.set_default_logger_severity(_SILENT)
-    module: ModuleType = onnxruntime
-    return module
-
-
-def _check_name(provider: str) -> None:
-    ort = _onnxruntime()
-    if provider not in ort.get_all_providers():
-        hint = close_matches(provider, ort.get_all_providers())
-        raise MachineError(f"unknown execution provider '{provider}'. {hint}")
-    if provider not in ort.get_available_providers():
+def _check_placement(placement: Placement | None, provider: str, most: int) -> None:
+    fallen = placement.fallen(provider) if placement else {}
+    if sum(fallen.values()) > most:
         raise MachineError(
-            f"the execution provider '{provider}' is not part of the ONNX Runtime that is installed "
-            f"(it has {', '.join(ort.get_available_providers())})."
+            f"'{provider}' was asked for, but it leaves {sum(fallen.values())} nodes to the CPU: "
+            f"{list_counts(fallen)} (allowed: {most}, by max_cpu_nodes). Export for a provider that has "
+            f"these operators in this precision, or allow them."
         )
 
 
-def _create(model: str | bytes, provider: str, options: Mapping[str, str] | None, threads: int | None) -> Any:
-    ort = _onnxruntime()
-    settings = ort.SessionOptions()
-    settings.log_severity_level = _SILENT
-    if threads is not None:
-        settings.intra_op_num_threads = threads
-    chosen = (provider, dict(options)) if options else provider
-    try:
-        # enable_fallback=0: else a provider that fails is replaced by the CPU with a printed line.
-        session = ort.InferenceSession(model, settings, providers=[chosen], enable_fallback=0)
-    except Exception as error:  # ONNX Runtime's own classes have no common base
-        reason = " ".join(str(error).split())[:300]
-        if provider != CPU or isinstance(model, bytes):
-            raise MachineError(f"the execution provider '{provider}' fails here: {reason}") from error
-        raise PackageError(f"{model}: damaged, or not an ONNX graph that runs here: {reason}") from error
-    if session.get_providers()[0] != provider:
-        # The list of available providers is made when ONNX Runtime is built; a provider whose libraries or
-        # device are missing is left out without an error, and the CPU runs instead.
-        there = ", ".join(dict.fromkeys(device.ep_name for device in ort.get_ep_devices()))
-        raise MachineError(
-            f"the execution provider '{provider}' was asked for, but '{session.get_providers()[0]}' would "
-            f"run: its device or its libraries are missing (this machine offers: {there})."
-        )
-    return session
+def _bind(
+    raw: Any,
+    provider: str,
+    options: dict[str, str],
+    how: Settings,
+    outputs: dict[str, tuple[int, type[np.generic]]],
+) -> Bindings:
+    records = str(options.get("enable_cuda_graph", "0")).lower() in ("1", "true")
+    device = DEVICES.get(provider, "cpu"), int(options.get("device_id", "0"))
+    return Bindings(onnx_runtime(), raw, device, INPUT, outputs, graphs=records, batches=how.cuda_graphs)
 
 
 def _shape_of(model: Path, raw: Any) -> tuple[int | None, int | None]:
@@ -168,7 +185,10 @@ def _shape_of(model: Path, raw: Any) -> tuple[int | None, int | None]:
     )
 
 
-def _width_of(model: Path, value: Any) -> int:
-    if len(value.shape) == 2 and isinstance(value.shape[1], int):
-        return int(value.shape[1])
-    raise PackageError(f"{model}: output '{value.name}' has shape {value.shape}, expected (batch, width).")
+def _output_of(model: Path, value: Any) -> tuple[int, type[np.generic]]:
+    """Width and type of an output."""
+    if len(value.shape) == 2 and isinstance(value.shape[1], int) and value.type in _TYPES:
+        return int(value.shape[1]), _TYPES[value.type]
+    raise PackageError(
+        f"{model}: output '{value.name}' is {value.type} {value.shape}, expected floats (batch, width)."
+    )
