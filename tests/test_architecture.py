@@ -48,7 +48,12 @@ TORCH_FREE_ROOMS = (
 )
 NEED_TORCH = {
     "tldist.embed.torch_engine": "embeds with a bundle",
+    "tldist.export.bisect": "runs the module operation by operation",
     "tldist.export.converter": "traces the module that it converts",
+    "tldist.export.parity_torch": "asks the bundle",
+    "tldist.export.program": "runs the module operation by operation",
+    "tldist.export.skew": "runs the loader of training",
+    "tldist.export.whole": "asks the bundle",
 }
 """The modules of these rooms that may import torch, and why."""
 

@@ -93,7 +93,7 @@ def test_parity__untouched_passes_both_ways(
     assert (verdict["status"], verdict["parity"]) == ("done", "PASS")
     assert main(["parity", str(bundle), str(package)]) == 0
     assert main(["parity", str(bundle), str(package), f"data={photos}", "data.limit=9"]) == 0
-    assert "9 real, 1 black, 1 white, 5 noise; batch 1, 2, 7" in capsys.readouterr().out
+    assert "9 real, 1 black, 1 white, 5 noise; batch 1, 2, 7, 32" in capsys.readouterr().out
 
 
 def test_parity__bad_hash_alone_is_exit_1_and_the_comparison_goes_on(
