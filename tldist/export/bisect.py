@@ -49,6 +49,7 @@ def bisect(
     *,
     tolerance: float = NODE_TOLERANCE,
     session: Session | None = None,
+    program: Program | None = None,
 ) -> Departure | None:
     """Find the first node whose output departs from PyTorch's.
 
@@ -58,6 +59,7 @@ def bisect(
         images: uint8 (N, H, W, 3) on which the two disagree; one is enough, and fastest.
         tolerance: relative error of a value that is none; wider for lower precisions.
         session: the graph as it is deployed, if that is in doubt too.
+        program: what `record` made of the module before, which takes most of the time; None: anew.
 
     Returns:
         The departure, or None where every value agrees.
@@ -66,7 +68,7 @@ def bisect(
     # A graph that resizes pictures: its network is given what it makes of them.
     pictures = FITTED in package.values()
     pixels = run_values(package, [FITTED], images)[FITTED] if pictures else images
-    fresh, expected, departure = _ask_pytorch(graph, package, pixels, tolerance)
+    fresh, expected, departure = _ask_pytorch(graph, package, pixels, tolerance, program)
     if departure is None:
         found = run_values(package, expected, images)
         departure = _graph_departure(package, fresh, expected, found, tolerance)
@@ -76,12 +78,12 @@ def bisect(
 
 
 def _ask_pytorch(
-    graph: ExportGraph, package: Graph, images: np.ndarray, tolerance: float
+    graph: ExportGraph, package: Graph, images: np.ndarray, tolerance: float, program: Program | None
 ) -> tuple[Graph, dict[str, Value], Departure | None]:
     """A fresh export, the values that the package should have, and whether the program itself departs."""
     wanted = package.values()
     try:
-        program = record(graph, package.proto, images)
+        program = program or record(graph, package.proto, images)
     except Exception as error:  # whatever the exporter raises, the other one is left
         warn(f"the dynamo exporter cannot export it again: {str(error).splitlines()[0]}")
     else:

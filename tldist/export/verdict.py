@@ -66,7 +66,7 @@ class Verdict:
             "provider": self.provider,
             "batches": list(BATCHES),
             "samples": dict(self.groups),
-            "files": self.files,
+            "files_compared": self.files,
             "outputs": outputs,
             "problems": list(self.problems),
             "resize": self.resize.to_dict() if self.resize else None,
