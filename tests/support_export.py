@@ -122,3 +122,38 @@ def float_only(num_classes: int) -> nn.Module:
         nn.Linear(4, num_classes),
     )
     return nn.Sequential(*layers)
+
+
+class _SmallCnn(nn.Module):
+    """A stem and a residual block with BatchNorm, which exporters fold into the convolutions."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.act = nn.ReLU()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8, num_classes)
+        for norm in (self.norm, self.norm2):
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+            nn.init.normal_(norm.running_mean, std=0.1)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.act(self.norm(self.stem(images)))
+        second = torch.relu(self.norm2(self.conv(first)) + first)
+        return self.fc(self.pool(second).flatten(1))
+
+
+def small_cnn(num_classes: int) -> nn.Module:
+    """A network that exports in a second or two, of nodes that optimisers fuse."""
+    return _SmallCnn(num_classes)
+
+
+def export_small_cnn(folder: Path) -> tuple[Path, Path]:
+    """A bundle and its package with logits and probabilities."""
+    bundle = write_bundle_of(folder / "bundle", "tests.support_export:small_cnn")
+    api.export(bundle=str(bundle), out=folder / "package", output="probabilities", samples=4, trust_code=True)
+    return bundle, folder / "package"

@@ -53,7 +53,12 @@ NEED_TORCH = {
     "tldist.export.graph": "is the module that is converted",
     "tldist.export.conversion_check": "asks the module that was converted",
     "tldist.bench.torch_variants": "runs the bundle beside the package",
+    "tldist.export.bisect": "runs the module operation by operation",
     "tldist.export.converter": "traces the module that it converts",
+    "tldist.export.parity_torch": "asks the bundle",
+    "tldist.export.program": "runs the module operation by operation",
+    "tldist.export.skew": "runs the loader of training",
+    "tldist.export.whole": "asks the bundle",
 }
 """The modules of these rooms that may import torch, and why."""
 

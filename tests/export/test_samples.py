@@ -10,7 +10,8 @@ import pytest
 from tests.support import make_images
 from tldist.domain.recipe import DataRecipe
 from tldist.errors import DomainError
-from tldist.export.samples import gather_samples, natural_images
+from tldist.export.natural import natural_images
+from tldist.export.samples import gather_samples
 from tldist.runtime.preprocess import Preprocessing, prepare
 from tldist.runtime.reference import Reference, read_reference, write_reference
 

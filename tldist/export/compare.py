@@ -5,52 +5,67 @@ Axes: M comparisons (samples times batch sizes), D values of an output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from tldist.export.agreement import Agreement, Flip, GroupAgreement
+from tldist.bundle import Task
+from tldist.export.agreement import Agreement, GroupAgreement
+from tldist.export.decisions import Answers, decide, find_flips
+from tldist.export.faults import decision_faults, find_warnings, group_faults, neighbour_faults
+from tldist.export.groups import SLACK, compare_group, relative_error, smallest_cosine
+from tldist.export.neighbours import neighbours_of, shared_neighbours
 from tldist.export.profile import Tolerances
 
-SLACK = 8.0
-"""A tolerance is widened to this multiple of PyTorch's own float32 error, where that is larger: two correct
-float32 implementations are each off by about that much, and the largest error seen varies from one to the
-other (up to 6 times was seen on chaotic, untrained networks)."""
+__all__ = ["SLACK", "Answers", "Meaning", "compare", "relative_error", "smallest_cosine"]
+
 FLOOR = 1e-6
 """A group of samples whose outputs are smaller than this share of all others' is held to that share."""
 SCATTER = 500
 """Most pairs of values that are kept for the report."""
-_EPSILON = float(np.finfo(np.float32).eps)
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What an output is, so that what matters about it is compared.
+
+    Attributes:
+        decides: its largest value, or the sign of each, is a decision.
+        embeds: it is a vector that neighbours are searched by.
+        probable: it is probabilities: for each group of samples, what the tolerance of the logits lets
+            them be off by; None for other outputs.
+        task: how logits decide, and whether probabilities add up to 1.
+    """
+
+    decides: bool = False
+    embeds: bool = False
+    probable: Mapping[str, float] | None = None
+    task: Task = "multiclass"
 
 
 def compare(
-    output: str,
-    expected: np.ndarray,
-    found: np.ndarray,
-    groups: np.ndarray,
-    tolerances: Tolerances,
-    *,
-    referee: np.ndarray | None = None,
-    decides: bool = False,
+    output: str, answers: Answers, tolerances: Tolerances, meaning: Meaning | None = None
 ) -> Agreement:
     """Compare one output.
 
     Args:
         output: its name.
-        expected: float32 (M, D), from PyTorch.
-        found: float32 (M, D), from the package.
-        groups: (M,) of text: the group of samples that each row belongs to. Each has a magnitude and a
-            tolerance of its own, so that large values on noise hide no error on pictures.
+        answers: to compare.
         tolerances: of the profile.
-        referee: float64 (M, D), from PyTorch in float64.
-        decides: whether the largest value of a row is a decision.
+        meaning: what the output is; None: numbers.
     """
-    if fault := _incomparable(expected, found):
+    meaning = meaning or Meaning()
+    expected, found = answers.expected, answers.found
+    if fault := _incomparable(expected, found) or _improbable(found, meaning):
         return Agreement(output, len(found), faults=(fault,))
-    parts = tuple(_compare_groups(expected, found, groups, tolerances, referee))
+    parts = _compare_groups(answers, tolerances, meaning)
     error = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    flips = tuple(_flips(expected, found, groups, parts)) if decides else ()
     spread = float(np.ptp(expected, axis=0).max() / max(np.abs(expected).max(), np.finfo(np.float32).tiny))
+    decided, faults = _compare_decisions(answers, parts, tolerances, meaning)
+    k, neighbours = _compare_neighbours(answers, parts[0].name) if meaning.embeds else (None, None)
+    few = meaning.embeds and k is None
     return Agreement(
         output=output,
         rows=len(expected),
@@ -58,11 +73,16 @@ def compare(
         max_absolute=float(error.max()),
         mean_absolute=float(error.mean()),
         spread=spread,
-        top1=float((expected.argmax(1) == found.argmax(1)).mean()) if decides else None,
-        flips=flips,
-        faults=tuple(_faults(parts, flips, len(expected), tolerances.max_flipped)),
-        warnings=tuple(_warnings(parts, spread, tolerances.max_relative)),
+        neighbours=neighbours,
+        k=k,
+        faults=(
+            *group_faults(parts),
+            *faults,
+            *neighbour_faults(k, neighbours, tolerances.min_neighbours),
+        ),
+        warnings=tuple(find_warnings(parts, spread, tolerances, few=few)),
         pairs=_pairs(expected, found),
+        **decided,
     )
 
 
@@ -78,102 +98,62 @@ def _incomparable(expected: np.ndarray, found: np.ndarray) -> str:
     return ""
 
 
-def _compare_groups(
-    expected: np.ndarray,
-    found: np.ndarray,
-    groups: np.ndarray,
-    tolerances: Tolerances,
-    referee: np.ndarray | None,
-) -> Iterator[GroupAgreement]:
-    least = max(FLOOR * float(np.abs(expected).max()), float(np.finfo(np.float32).tiny))
-    for name in dict.fromkeys(groups.tolist()):
-        rows = groups == name
-        magnitude = max(float(np.abs(expected[rows]).max()), least)
-        own_error, own_cosine = None, 1.0
-        if referee is not None:
-            own_error = relative_error(referee[rows], expected[rows], magnitude)
-            own_cosine = smallest_cosine(referee[rows], expected[rows])
-        own = SLACK * own_error if own_error is not None else 0.0
-        yield GroupAgreement(
-            name=str(name),
-            rows=int(rows.sum()),
-            magnitude=magnitude,
-            max_relative=relative_error(expected[rows], found[rows], magnitude),
-            cosine=smallest_cosine(expected[rows], found[rows]),
-            own_error=own_error,
-            own_cosine=own_cosine,
-            tolerance=max(tolerances.max_relative, own),
-            # Cosine falls with the square of the error, so its slack is squared.
-            min_cosine=min(tolerances.min_cosine, 1 - SLACK**2 * (1 - own_cosine)),
-            widened=own > tolerances.max_relative,
+def _improbable(found: np.ndarray, meaning: Meaning) -> str:
+    """Why values are no probabilities, with room for half precision; empty where they are, or need not be."""
+    if meaning.probable is None:
+        return ""
+    if found.min() < -1e-2 or found.max() > 1 + 1e-2:
+        return f"probabilities lie between {found.min():.3g} and {found.max():.3g}"
+    sums = found.astype(np.float64).sum(1)
+    if meaning.task == "multiclass" and np.abs(sums - 1).max() > 1e-2:
+        return f"the probabilities of a sample add up to {sums[np.abs(sums - 1).argmax()]:.3g}"
+    return ""
+
+
+def _compare_groups(answers: Answers, tolerances: Tolerances, meaning: Meaning) -> tuple[GroupAgreement, ...]:
+    least = max(FLOOR * float(np.abs(answers.expected).max()), float(np.finfo(np.float32).tiny))
+    parts = []
+    for name in dict.fromkeys(answers.groups.tolist()):
+        rows = answers.groups == name
+        part = compare_group(
+            str(name),
+            answers.expected[rows],
+            answers.found[rows],
+            tolerances,
+            least=least,
+            referee=None if answers.referee is None else answers.referee[rows],
+            exported=None if answers.exported is None else answers.exported[rows],
+            fitted=None if answers.fitted is None else answers.fitted[rows],
+            probable=None if meaning.probable is None else meaning.probable.get(str(name), 0.0),
         )
+        parts.append(part)
+    return tuple(parts)
 
 
-def relative_error(expected: np.ndarray, found: np.ndarray, magnitude: float) -> float:
-    """The largest error relative to ``magnitude``, computed in float64."""
-    return float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max()) / magnitude
+def _compare_decisions(
+    answers: Answers, parts: tuple[GroupAgreement, ...], tolerances: Tolerances, meaning: Meaning
+) -> tuple[dict[str, Any], list[str]]:
+    """The figures about decisions, and what is wrong with them; nothing where the output decides nothing."""
+    if not meaning.decides:
+        return {}, []
+    groups = {part.name: part for part in parts}
+    counted = np.isin(answers.groups, [part.name for part in parts if part.counts])
+    before, after = (decide(logits, meaning.task) for logits in (answers.expected, answers.found))
+    flips = find_flips(answers, meaning.task, groups)
+    total = max(1, len(np.unique(answers.samples[counted])) * before.shape[1])
+    new = [flip for flip in flips if groups[flip.group].counts and not flip.known]
+    changed = np.argwhere((before != after) & counted[:, None])
+    different = {(answers.samples[row], place) for row, place in changed.tolist()}
+    figures = {"top1": 1 - len(different) / total, "flips": flips, "flipped": len(new) / total}
+    return figures, list(decision_faults(new, total, tolerances.max_flipped))
 
 
-def smallest_cosine(expected: np.ndarray, found: np.ndarray) -> float:
-    """The smallest cosine of the rows of two (M, D) matrices; rows of (nearly) nothing have no direction."""
-    one, other = expected.astype(np.float64), found.astype(np.float64)
-    norms = np.linalg.norm(one, axis=1)
-    kept = norms > 1e-3 * norms.max()
-    if not kept.any():
-        return 1.0
-    others = np.linalg.norm(other, axis=1).clip(np.finfo(np.float64).tiny)
-    return float(((one * other).sum(1)[kept] / (norms * others)[kept]).min())
-
-
-def _flips(
-    expected: np.ndarray, found: np.ndarray, groups: np.ndarray, parts: tuple[GroupAgreement, ...]
-) -> Iterator[Flip]:
-    """Decisions that changed; where the margin is within PyTorch's own error there was none to change."""
-    by_name = {part.name: part for part in parts}
-    before, after = expected.argmax(1), found.argmax(1)
-    for row in np.flatnonzero(before != after).tolist():
-        part = by_name[str(groups[row])]
-        margin = float(expected[row, before[row]] - expected[row, after[row]]) / part.magnitude
-        if margin > SLACK * max(part.own_error or 0.0, _EPSILON):
-            yield Flip(row, part.name, int(before[row]), int(after[row]), margin)
-
-
-def _faults(
-    parts: tuple[GroupAgreement, ...], flips: tuple[Flip, ...], rows: int, max_flipped: float
-) -> Iterator[str]:
-    if not parts[0].proves:
-        yield (
-            f"PyTorch's float32 and float64 differ by {parts[0].own_error:.1e} on {parts[0].name} samples: "
-            f"the model is too ill-conditioned for parity to be proved"
-        )
-    for part in parts:
-        if part.proves and part.max_relative > part.tolerance:
-            yield (
-                f"relative error {part.max_relative:.1e} on {part.name} samples, "
-                f"tolerance {part.tolerance:.1e}"
-            )
-        if part.proves and part.cosine < part.min_cosine:
-            yield f"cosine {part.cosine:.9f} on {part.name} samples, at least {part.min_cosine:.9f} expected"
-    if len(flips) > max_flipped * rows:
-        largest = max(flip.margin for flip in flips)
-        yield (
-            f"{len(flips)} of {rows} decisions flipped (largest relative margin {largest:.1e}), "
-            f"at most {max_flipped:.1%} allowed"
-        )
-
-
-def _warnings(parts: tuple[GroupAgreement, ...], spread: float, tolerance: float) -> Iterator[str]:
-    if spread <= tolerance:
-        yield (
-            f"PyTorch's values hardly depend on the image (they change by {spread:.1e} of their magnitude), "
-            f"so that this comparison proves little. Is the model trained?"
-        )
-    for part in parts[1:]:
-        if not part.proves:
-            yield (
-                f"on {part.name} samples PyTorch's float32 and float64 differ by {part.own_error:.1e}; "
-                f"they prove nothing and are left out of the verdict"
-            )
+def _compare_neighbours(answers: Answers, pictures: str) -> tuple[int | None, float | None]:
+    """How many neighbours can be compared among the pictures, and the share of them that is the same."""
+    first = np.unique(answers.samples, return_index=True)[1]
+    rows = first[answers.groups[first] == pictures]
+    k = neighbours_of(len(rows))
+    return k, shared_neighbours(answers.expected[rows], answers.found[rows], k) if k else None
 
 
 def _pairs(expected: np.ndarray, found: np.ndarray) -> tuple[tuple[float, float], ...]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from tldist.bundle import BundleConfig, read_bundle
-from tldist.errors import PackageError, RecipeError, TldistError, needs
+from tldist.errors import PackageError, RecipeError, needs
+from tldist.export.agreement import Agreement
+from tldist.export.certificate import certificate_problems, machine_difference
+from tldist.export.explain import explain
+from tldist.export.judge import judge
 from tldist.export.profile import Profile
 from tldist.export.recipe import ParityRecipe
-from tldist.export.samples import gather_samples
-from tldist.export.verdict import Verdict, judge
-from tldist.files import read_json
-from tldist.progress import say
+from tldist.export.verdict import Verdict
 from tldist.runs import Outcome
 from tldist.runtime.package import (
     CONFIG,
     MODEL,
-    PARITY,
     REFERENCE,
     PackageConfig,
     file_problems,
@@ -25,11 +26,8 @@ from tldist.runtime.package import (
     open_graph,
     read_package,
 )
-from tldist.runtime.reference import Reference, Samples, read_reference
-from tldist.runtime.session import Session
-
-MOST_IMAGES = 64
-"""Pictures of a domain that are compared where data.limit says nothing."""
+from tldist.runtime.reference import Reference, read_reference
+from tldist.runtime.session import CPU, Session
 
 
 def run(recipe: ParityRecipe) -> Outcome:
@@ -48,10 +46,12 @@ def run(recipe: ParityRecipe) -> Outcome:
 
 
 def _stored(folder: Path, config: PackageConfig) -> Verdict:
-    """Against the samples in the package."""
+    """Against the samples in the package: PyTorch's answers, and its own where it was made."""
     problems = _package_problems(folder, config)
     session, reference = _load_graph(folder, config, problems), _load_reference(folder, problems)
-    return _verdict("the answers of PyTorch stored in the package", session, reference, config, problems)
+    verdict = _verdict("the answers stored in the package", session, reference, config, problems)
+    difference = "" if verdict.values_agree else machine_difference(folder)
+    return replace(verdict, notes=(*verdict.notes, difference)) if difference else verdict
 
 
 def _with_torch(recipe: ParityRecipe, folder: Path, config: PackageConfig) -> Verdict:
@@ -60,24 +60,26 @@ def _with_torch(recipe: ParityRecipe, folder: Path, config: PackageConfig) -> Ve
     problems = [*_package_problems(folder, config), *file_problems(path, bundle.files)]
     problems += _record_problems(bundle, config)
     with needs("train"):
-        from tldist.export import converter
-    graph, _ = converter.load_graph(path, tuple(config.outputs), trust_code=recipe.trust_code, verify=False)
+        from tldist.export.parity_torch import ask_pytorch
     session = _load_graph(folder, config, problems)
-    samples = _choose_samples(recipe, folder, bundle)
-    say(f"asking PyTorch about {len(samples.images)} images, in float32 and float64")
-    return _verdict("PyTorch", session, converter.answer(graph, samples), config, problems)
-
-
-def _choose_samples(recipe: ParityRecipe, folder: Path, bundle: BundleConfig) -> Samples:
-    """A domain's images, else the ones stored in the package, else generated ones."""
-    how = bundle.preprocessing
-    if recipe.data is not None:
-        return gather_samples(recipe.data, recipe.data.limit or MOST_IMAGES, how)
     ignored: list[str] = []  # a damaged file of samples is among the problems already, by its hash
     stored = _load_reference(folder, ignored)
-    if stored and stored.samples.images.shape[1:] == (how.height, how.width, 3):
-        return stored.samples
-    return gather_samples(None, MOST_IMAGES, how)
+    asked = ask_pytorch(
+        path,
+        bundle,
+        folder,
+        config,
+        session.provider if session else CPU,
+        data=recipe.data,
+        stored=stored.samples if stored else None,
+        trust_code=recipe.trust_code,
+    )
+    problems += asked.problems
+    verdict = _verdict("PyTorch", session, asked.reference, config, problems)
+    verdict = replace(verdict, files=asked.files, resize=asked.resize)
+    if session is None or asked.reference is None or not verdict.agreements or verdict.values_agree:
+        return verdict
+    return explain(verdict, asked.graph, folder / MODEL, session, asked.reference, _profile(config))
 
 
 def _verdict(
@@ -87,20 +89,28 @@ def _verdict(
     config: PackageConfig,
     problems: list[str],
 ) -> Verdict:
-    groups = reference.samples.groups if reference else ()
-    if session is None or reference is None:
-        return Verdict(against, (), groups, str(config.profile.get("provider")), tuple(problems))
-    if not session.takes(reference.samples.images.shape[1:]) or set(reference.expected) != set(
-        session.outputs
-    ):
+    groups, ids = (reference.samples.groups, reference.samples.ids) if reference else ((), ())
+    agreements: tuple[Agreement, ...] = ()
+    provider = session.provider if session else str(config.profile.get("provider"))
+    if session is not None and reference is not None and _fits(session, reference):
+        tolerances = _profile(config).tolerances
+        agreements = judge(session, reference, tolerances, task=config.task, temperature=config.temperature)
+    elif session is not None and reference is not None:
         problems.append("the samples and the graph have other sizes or outputs: nothing can be compared.")
-        return Verdict(against, (), groups, session.provider, tuple(problems))
+    return Verdict(against, agreements, groups, provider, tuple(problems), ids)
+
+
+def _fits(session: Session, reference: Reference) -> bool:
+    """Whether the graph takes the samples, and gives what was answered for them."""
+    takes = all(session.takes(images.shape[1:]) for _, images in reference.samples.by_size())
+    return takes and set(reference.expected) == set(session.outputs)
+
+
+def _profile(config: PackageConfig) -> Profile:
     try:
-        profile = Profile.make(**config.profile)
+        return Profile.make(**config.profile)
     except RecipeError as error:
         raise PackageError(f"{CONFIG}: the profile in it is malformed: {error}") from error
-    agreements = judge(session, reference, profile.tolerances)
-    return Verdict(against, agreements, groups, session.provider, tuple(problems))
 
 
 def _load_graph(folder: Path, config: PackageConfig, problems: list[str]) -> Session | None:
@@ -124,15 +134,7 @@ def _load_reference(folder: Path, problems: list[str]) -> Reference | None:
 
 def _package_problems(folder: Path, config: PackageConfig) -> list[str]:
     """Hashes that differ, and a certificate that is about something else."""
-    problems = file_problems(folder, config.files)
-    try:
-        certificate = read_json(folder / PARITY, PackageError, "parity report")
-    except TldistError as error:
-        return [*problems, str(error)]
-    certified = certificate.get("files", {}).get(MODEL), certificate.get("bundle")
-    if certified != (config.files.get(MODEL), config.bundle):
-        problems.append(f"{folder / PARITY}: certifies another graph, or another bundle.")
-    return problems
+    return [*file_problems(folder, config.files), *certificate_problems(folder, config)]
 
 
 def _record_problems(bundle: BundleConfig, config: PackageConfig) -> list[str]:
@@ -143,6 +145,11 @@ def _record_problems(bundle: BundleConfig, config: PackageConfig) -> list[str]:
     if config.preprocessing != bundle.preprocessing:
         problems.append(
             f"the preprocessing differs: bundle {bundle.preprocessing}, package {config.preprocessing}."
+        )
+    if config.classes and (config.temperature, config.task) != (bundle.temperature, bundle.task):
+        problems.append(
+            f"the decisions differ: bundle {bundle.task} at temperature {bundle.temperature}, "
+            f"package {config.task} at {config.temperature}."
         )
     if config.bundle["identity"] != bundle.identity:
         problems.append("the package was made from another bundle (or the bundle has changed since).")

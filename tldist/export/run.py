@@ -11,11 +11,14 @@ from typing import Any
 from tldist import __version__
 from tldist.bundle import WEIGHTS, BundleConfig, parent_record, read_bundle
 from tldist.errors import CheckFailed, RecipeError, needs
+from tldist.export.certificate import certify
+from tldist.export.explain import explain
+from tldist.export.judge import answers_alone, judge
 from tldist.export.profile import Profile, find_profile
 from tldist.export.recipe import ExportRecipe
 from tldist.export.samples import gather_samples
-from tldist.export.verdict import FORMAT, Verdict, judge
-from tldist.files import atomic_folder, read_json, sha256_file, write_json
+from tldist.export.verdict import Verdict
+from tldist.files import atomic_folder, read_json, write_json
 from tldist.progress import say, show_plan
 from tldist.recipe import check_same_run
 from tldist.runs import Outcome
@@ -30,8 +33,8 @@ from tldist.runtime.package import (
     read_package,
     write_package,
 )
-from tldist.runtime.reference import Reference, write_reference
-from tldist.runtime.session import require_provider
+from tldist.runtime.reference import Reference, thin, write_reference
+from tldist.runtime.session import Session, require_provider
 
 
 def run(recipe: ExportRecipe) -> Outcome:
@@ -69,14 +72,17 @@ def run(recipe: ExportRecipe) -> Outcome:
     config = _describe(recipe, profile, folder, bundle, reference)
     with atomic_folder(recipe.out) as temporary:
         converter.save(proto, temporary / MODEL, config.graph_metadata())
-        write_reference(temporary / REFERENCE, reference)
-        verdict = _judge(temporary, config, profile, reference)
+        session = open_graph(temporary, config)
+        verdict = _judge(session, config, profile, reference)
         if not verdict.passed:
+            verdict = explain(verdict, graph, temporary / MODEL, session, reference, profile)
             raise CheckFailed(
                 f"the exported graph does not agree with {folder}; nothing was written to {recipe.out}.\n"
                 f"{verdict.to_text()}"
             )
-        write_json(temporary / PARITY, _certificate(verdict, temporary, config))
+        stored = thin(reference)
+        write_reference(temporary / REFERENCE, stored.with_exported(answers_alone(session, stored.samples)))
+        write_json(temporary / PARITY, certify(verdict, temporary, config))
         written = write_package(temporary, config)
     return _outcome(recipe.out, written, verdict.to_dict(pairs=False), verdict.to_text())
 
@@ -160,28 +166,12 @@ def _describe(
     )
 
 
-def _judge(folder: Path, config: PackageConfig, profile: Profile, reference: Reference) -> Verdict:
-    session = open_graph(folder, config)
-    agreements = judge(session, reference, profile.tolerances)
-    return Verdict("PyTorch", agreements, reference.samples.groups, session.provider)
-
-
-def _certificate(verdict: Verdict, folder: Path, config: PackageConfig) -> dict[str, Any]:
-    """The parity report, bound to the bundle and the files that it is about."""
-    return {
-        "format": FORMAT,
-        **verdict.to_dict(),
-        "bundle": config.bundle,
-        "profile": config.profile,
-        "files": {name: sha256_file(folder / name) for name in (MODEL, REFERENCE)},
-        "onnxruntime": _onnxruntime_version(),
-    }
-
-
-def _onnxruntime_version() -> str:
-    import onnxruntime  # two distributions bring it under one name
-
-    return str(onnxruntime.__version__)
+def _judge(session: Session, config: PackageConfig, profile: Profile, reference: Reference) -> Verdict:
+    agreements = judge(
+        session, reference, profile.tolerances, task=config.task, temperature=config.temperature
+    )
+    samples = reference.samples
+    return Verdict("PyTorch", agreements, samples.groups, session.provider, ids=samples.ids)
 
 
 def _outcome(out: Path, config: PackageConfig, values: dict[str, Any], text: str) -> Outcome:

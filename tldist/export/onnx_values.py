@@ -1,0 +1,128 @@
+"""What an ONNX graph computes inside: the values between its nodes, run by ONNX Runtime. Needs onnx."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import numpy_helper
+
+from tldist.runtime.session import CPU, INPUT
+
+LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
+"""ONNX Runtime's optimisation levels, from none on."""
+FITTED = "picture.fitted"
+"""In a graph that takes whole pictures, what it resizes and crops them to: uint8 (N, H, W, 3)."""
+_FOLDER = "session.model_external_initializers_file_folder_path"
+_SILENT = 4
+_WEIGHT_ERROR = 1e-6
+"""Relative: weights into which the exporter folded a normalisation may differ by rounding."""
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX graph.
+
+    Attributes:
+        proto: nodes and, unless they lie beside it, weights.
+        folder: where its external data lies; None: it has none.
+    """
+
+    proto: onnx.ModelProto
+    folder: Path | None = None
+
+    @classmethod
+    def open(cls, model: Path | onnx.ModelProto) -> Graph:
+        """Of a file, whose external data stays on disk, or of a model in memory."""
+        if isinstance(model, onnx.ModelProto):
+            return cls(model)
+        return cls(onnx.load(model, load_external_data=False), model.parent)
+
+    def values(self) -> list[str]:
+        """Names of what its nodes give, in topological order."""
+        return [name for node in self.proto.graph.node for name in node.output if name]
+
+    def weight(self, name: str) -> np.ndarray | None:
+        """An initialiser; None where there is none of that name."""
+        for tensor in self.proto.graph.initializer:
+            if tensor.name == name:
+                array: np.ndarray = numpy_helper.to_array(tensor, base_dir=str(self.folder or ""))
+                return array
+        return None
+
+
+def run_values(
+    graph: Graph, names: Collection[str], images: np.ndarray, level: str = LEVELS[0], provider: str = CPU
+) -> dict[str, np.ndarray]:
+    """The values of the given names beside the outputs.
+
+    Args:
+        graph: to run.
+        names: of values of nodes.
+        images: uint8 (N, H, W, 3).
+        level: of optimisation; none, so that every node computes its own value.
+        provider: that runs it.
+    """
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.proto)
+    there = {value.name for value in proto.graph.output}
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+    return run_at(Graph(proto, graph.folder), level, provider, images)
+
+
+def run_at(graph: Graph, level: str, provider: str, images: np.ndarray) -> dict[str, np.ndarray]:
+    """The outputs of a graph at one optimisation level on one provider."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    if graph.folder is not None:
+        options.add_session_config_entry(_FOLDER, str(graph.folder))
+    data = graph.proto.SerializeToString()
+    session: Any = onnxruntime.InferenceSession(data, options, providers=[provider], enable_fallback=0)
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, {INPUT: images})))
+
+
+def find_difference(graph: Graph, fresh: Graph, nodes: Sequence[onnx.NodeProto]) -> str:
+    """What nodes have otherwise than in a fresh export: type, attributes or weights; empty: nothing."""
+    written = {name: node for node in fresh.proto.graph.node for name in node.output}
+    for node in nodes:
+        theirs = written.get(node.output[0])
+        if theirs is None:
+            continue
+        if theirs.op_type != node.op_type:
+            return f"in a fresh export '{node.output[0]}' is computed by {theirs.op_type}, not {node.op_type}"
+        if _attributes(theirs) != _attributes(node):
+            return f"in a fresh export {node.op_type} has the attributes {_attributes(theirs)}"
+        for ours, other in zip(node.input, theirs.input):
+            if words := _weight_difference(ours, graph.weight(ours), fresh.weight(other)):
+                return words
+    return ""
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, str]:
+    """As text, without tensors, which may be large."""
+    plain = [entry for entry in node.attribute if not entry.HasField("t")]
+    return {entry.name: str(onnx.helper.get_attribute_value(entry)) for entry in plain}
+
+
+def _weight_difference(name: str, ours: np.ndarray | None, theirs: np.ndarray | None) -> str:
+    if ours is None or theirs is None or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return ""
+    gap = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
+    gap = np.nan_to_num(gap, nan=np.inf)
+    largest = float(gap.max(initial=0.0))
+    if largest <= _WEIGHT_ERROR * float(np.abs(theirs).max(initial=0.0)):
+        return ""
+    place = np.unravel_index(int(gap.argmax()), gap.shape)
+    changed = int((gap > _WEIGHT_ERROR * float(np.abs(theirs).max())).sum())
+    where = ", ".join(str(int(axis)) for axis in place)
+    return (
+        f"its weight '{name}' differs from the bundle's in {changed:,} of {gap.size:,} values: at [{where}] "
+        f"{float(theirs[place]):.7g} in the bundle, {float(ours[place]):.7g} in the package"
+    )
