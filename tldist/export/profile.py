@@ -21,7 +21,22 @@ class Tolerances(Recipe):
     min_cosine: float = Field(gt=0, le=1)
     """Smallest cosine between the two vectors of any sample."""
     max_flipped: float = Field(ge=0, le=1)
-    """Share of samples whose decision (largest logit) may change; exact ties are not decisions."""
+    """Share of samples whose decision (largest logit; for multilabel, the sign of each) may change; exact
+    ties are not decisions."""
+    max_mean: float = Field(default=1.0, gt=0, le=1)
+    """Largest mean error, relative like max_relative. For int8, where max_relative must be wide."""
+    tie_margin: float = Field(default=0.0, ge=0, le=1)
+    """A decision that PyTorch makes by no more than this, relative like max_relative, is a tie: either
+    answer is right."""
+    min_neighbours: float = Field(default=0.0, ge=0, le=1)
+    """For features: smallest share of the 10 nearest neighbours of a picture among the others, by cosine,
+    that must be the same (the mean over the pictures; 21 of them at least, or it is not judged)."""
+    max_drift: float | None = Field(default=None, gt=0, le=1)
+    """Largest difference between the answers of a machine that serves and those recorded where the package
+    was made, relative like max_relative; none: max_relative."""
+    extremes: Literal["held", "reported"] = "held"
+    """Whether black, white and noise images are held to the tolerances, or only to finite values (int8 clips
+    what calibration never saw)."""
 
 
 class Quantization(Recipe):
