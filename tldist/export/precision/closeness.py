@@ -11,6 +11,9 @@ import numpy as np
 from tldist.export.compare import relative_error, smallest_cosine
 from tldist.runtime.package import LOGITS
 
+TIE = 1e-4
+"""A decision by no more than this, relative to the largest logit, is none: float32 itself says no more."""
+
 
 @dataclass(frozen=True)
 class Closeness:
@@ -21,35 +24,32 @@ class Closeness:
         decided: how many of them the float32 graph decides by more than a tie; None: it decides nothing.
         flipped: how many of those decisions change.
         top1: share of equal decisions, ties among them.
-        cosine: the smallest of any image and output.
-        max_relative: the largest error, relative to the output's largest value.
+        cosine: the smallest of any image and output; None where a value is NaN or infinite.
+        max_relative: the largest error, relative to the output's largest value; None likewise.
     """
 
     images: int
     decided: int | None
     flipped: int | None
     top1: float | None
-    cosine: float
-    max_relative: float
+    cosine: float | None
+    max_relative: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON data."""
         return asdict(self)
 
 
-def closeness(
-    expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], tie_margin: float = 0.0
-) -> Closeness:
+def closeness(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> Closeness:
     """Compare the outputs of two graphs.
 
     Args:
         expected, found: float32 (N, D) of each output, by name; decisions are those of the logits.
-        tie_margin: a decision by no more than this, relative to the largest logit, is a tie.
     """
     images = len(next(iter(expected.values())))
     decided = flipped = top1 = None
     if LOGITS in expected:
-        decided, flipped, top1 = _decisions(expected[LOGITS], found[LOGITS], tie_margin)
+        decided, flipped, top1 = _decisions(expected[LOGITS], found[LOGITS])
     finite = all(np.isfinite(values).all() for values in found.values())
     pairs = [(expected[name], found[name]) for name in expected]
     return Closeness(
@@ -57,8 +57,8 @@ def closeness(
         decided,
         flipped,
         top1,
-        min(smallest_cosine(one, other) for one, other in pairs) if finite else float("nan"),
-        max(relative_error(one, other, _magnitude(one)) for one, other in pairs) if finite else float("inf"),
+        min(smallest_cosine(one, other) for one, other in pairs) if finite else None,
+        max(relative_error(one, other, _magnitude(one)) for one, other in pairs) if finite else None,
     )
 
 
@@ -66,11 +66,10 @@ def _magnitude(values: np.ndarray) -> float:
     return max(float(np.abs(values).max()), float(np.finfo(np.float32).tiny))
 
 
-def _decisions(expected: np.ndarray, found: np.ndarray, tie_margin: float) -> tuple[int, int, float]:
+def _decisions(expected: np.ndarray, found: np.ndarray) -> tuple[int, int, float]:
     """How many decisions there are, how many of them flip, and the share that is equal."""
     equal = expected.argmax(1) == found.argmax(1)
-    if expected.shape[1] == 1:
-        return 0, 0, 1.0
-    best = np.sort(expected, axis=1)
-    clear = (best[:, -1] - best[:, -2]) > tie_margin * _magnitude(expected)
+    ordered = np.sort(expected, axis=1)
+    second = ordered[:, -2] if expected.shape[1] > 1 else -np.inf
+    clear = (ordered[:, -1] - second) > TIE * _magnitude(expected)
     return int(clear.sum()), int((clear & ~equal).sum()), float(equal.mean())

@@ -1,4 +1,4 @@
-"""Finds the nodes that must stay float32 for a half-precision graph to agree: overflows first, then what departs."""
+"""Finds the nodes that must stay float32 for a half-precision graph to agree: overflows, departures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Judge = Callable[[onnx.ModelProto], Sequence[str]]
 """What is wrong with a graph; nothing where it agrees."""
 
 HEADROOM = 2.0
-"""A value within this factor of the largest fp16 number counts as beyond it: other images have larger ones."""
+"""A value within this factor of the largest fp16 number counts as beyond it: other images have larger."""
 _STEP = 2.0**-11
 """The relative rounding error of fp16; errors below it are no departure."""
 

@@ -1,4 +1,4 @@
-"""Small questions about ONNX graphs, answered in one place: who makes a value, who reads it, what type it has."""
+"""Small questions about ONNX graphs: who makes a value, who reads it, what type it has."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def size_of(proto: onnx.ModelProto) -> int:
 
 def is_whole(proto: onnx.ModelProto) -> bool:
     """Whether all of it is in memory and fits one message, so that it can be changed and run from memory."""
-    outside = any(
-        tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer
-    )
+    outside = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer)
     return not outside and size_of(proto) < LARGEST
 
 
@@ -158,7 +156,7 @@ def _drop_unread(proto: onnx.ModelProto) -> None:
     for field, left in ((graph.node, alive[::-1]), (graph.initializer, weights), (graph.value_info, inside)):
         if len(left) < len(field):
             del field[:]
-            field.extend(left)  # type: ignore[arg-type]
+            field.extend(left)
 
 
 def checked(proto: onnx.ModelProto, what: str) -> onnx.ModelProto:

@@ -9,7 +9,7 @@ value make a graph that does not load; and it knows no bf16.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -32,14 +32,13 @@ from tldist.export.precision.graphs import (
     set_nodes,
     types_of,
 )
+from tldist.export.profile import BF16_OPSET
 
 HalfKind = Literal["fp16", "bf16"]
 TYPES = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
 NUMPY = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 LARGEST = {"fp16": 65504.0, "bf16": 3.3895e38}
 """The largest finite number of each type."""
-BF16_OPSET = 22
-"""The first operator set in which a convolution takes bf16."""
 _NAMES = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
 
 
@@ -169,7 +168,7 @@ def _schema(op_type: str, domain: str, opset: int) -> defs.OpSchema | None:
         return None
 
 
-def _formal(parameters: list[defs.OpSchema.FormalParameter], at: int) -> defs.OpSchema.FormalParameter:
+def _formal(parameters: Sequence[defs.OpSchema.FormalParameter], at: int) -> defs.OpSchema.FormalParameter:
     """The declared parameter of a position; the last one may stand for many."""
     return parameters[min(at, len(parameters) - 1)]
 

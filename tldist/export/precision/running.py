@@ -15,7 +15,12 @@ from tldist.errors import MachineError
 from tldist.export.precision.graphs import copy_of
 from tldist.runtime.session import CPU
 
-LEVELS = ("disable", "basic", "extended", "all")
+LEVELS = {
+    "disable": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
 """What ONNX Runtime does to a graph when it loads it."""
 BATCHES = (1, 32)
 """Images at once, whose latency is measured."""
@@ -45,8 +50,7 @@ def open_proto(
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = _SILENT
     settings.intra_op_num_threads = threads
-    name = f"ORT_{'DISABLE' if level == 'disable' else 'ENABLE'}_{'ALL' if level == 'disable' else level.upper()}"
-    settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, name)
+    settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[level])
     chosen = (provider, dict(options)) if options else provider
     try:
         session = onnxruntime.InferenceSession(
@@ -54,7 +58,9 @@ def open_proto(
         )
     except Exception as error:  # ONNX Runtime's own classes have no common base
         reason = " ".join(str(error).split())[:300]
-        raise MachineError(f"the execution provider '{provider}' does not load the graph: {reason}") from error
+        raise MachineError(
+            f"the execution provider '{provider}' does not load the graph: {reason}"
+        ) from error
     if session.get_providers()[0] != provider:
         raise MachineError(f"the execution provider '{provider}' does not run here.")
     return session
