@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from tldist.errors import RecipeError, close_matches
 from tldist.recipe import Recipe, read_yaml
 from tldist.share import find_shared
+
+BF16_OPSET = 22
+"""The first ONNX operator set in which a convolution takes bf16."""
 
 
 class Tolerances(Recipe):
@@ -52,6 +55,8 @@ class Quantization(Recipe):
     """Type of the activations: the one that the provider is fast with (CPU: uint8; CUDA, TensorRT: int8)."""
     per_channel: bool = True
     """One scale for each output channel of a weight, instead of one for all of it."""
+    reduce_range: bool = False
+    """Seven bits for weights, for x86 machines without VNNI, where sums of full int8 products saturate."""
     exclude: tuple[str, ...] = ()
     """Operator types or node names that stay float32, beside those found by measuring."""
     budget: float = Field(default=0.01, ge=0, le=1)
@@ -78,6 +83,14 @@ class Profile(Recipe):
     max_cpu_nodes: int = Field(default=0, ge=0)
     """Nodes that another provider than the CPU's may leave to the CPU, beside the arithmetic of shapes."""
     tolerances: Tolerances
+
+    @model_validator(mode="after")
+    def _check_opset(self) -> Self:
+        if self.precision == "bf16" and (self.opset is None or self.opset < BF16_OPSET):
+            raise ValueError(
+                f"precision: bf16 needs opset: {BF16_OPSET} (the first one in which Conv takes bf16)"
+            )
+        return self
 
 
 def find_profile(profile: str) -> Profile:
