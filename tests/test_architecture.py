@@ -55,6 +55,7 @@ NEED_TORCH = {
     "tldist.bench.torch_variants": "runs the bundle beside the package",
     "tldist.export.bisect": "runs the module operation by operation",
     "tldist.export.converter": "traces the module that it converts",
+    "tldist.export.making": "puts the parts of an export together",
     "tldist.export.parity_torch": "asks the bundle",
     "tldist.export.program": "runs the module operation by operation",
     "tldist.export.skew": "runs the loader of training",

@@ -25,6 +25,7 @@ from tldist.export.graph import ExportGraph, answer, check_free_size, load_graph
 from tldist.export.onnx_file import opset_of, save, tidy
 from tldist.export.picture import take_pictures
 from tldist.runtime.package import MODEL
+from tldist.runtime.preprocess import Preprocessing
 from tldist.runtime.session import INPUT
 
 __all__ = ["EXPORTERS", "Converted", "ExportGraph", "answer", "convert", "load_graph", "save"]
@@ -119,7 +120,8 @@ def convert(
     what the module answers, on the CPU, at every batch and image size that is tried; and if ``check`` agrees.
 
     Args:
-        graph: in evaluation mode.
+        graph: in evaluation mode. One that takes whole pictures is exported without its resize, which
+            `resize_inside` puts in front.
         opset: of ONNX's operators; None: the exporter's default.
         exporter: which one; ``auto``: dynamo, and where it fails or is wrong, TorchScript.
         check: from a graph to what is wrong with it, in words; empty: nothing.
@@ -158,11 +160,18 @@ def _tried(
     tidy(proto, graph.widths())
     if fault := structure_fault(graph, proto, opset):
         return proto, fault, False
-    fault, values = graph_fault(graph, proto)
-    if not fault and graph.input == "picture":
-        take_pictures(proto, graph.how)
-        return proto, picture_fault(proto, graph.how), False
-    return proto, fault, values
+    return proto, *graph_fault(graph, proto)
+
+
+def resize_inside(proto: onnx.ModelProto, how: Preprocessing) -> None:
+    """Let a graph that takes images of one size take whole pictures of any: changes ``proto``.
+
+    Raises:
+        ModelError: the resize is not that of training.
+    """
+    take_pictures(proto, how)
+    if fault := picture_fault(proto, how):
+        raise ModelError(f"the graph cannot take whole pictures: {fault}.")
 
 
 def _reason(error: BaseException) -> str:

@@ -68,7 +68,14 @@ def ask_pytorch(
         stored: in the package.
         trust_code: run code that the bundle names.
     """
-    graph, _ = load_graph(path, tuple(config.outputs), trust_code=trust_code, verify=False)
+    graph, _ = load_graph(
+        path,
+        tuple(config.outputs),
+        **config.features,
+        input=config.input,
+        trust_code=trust_code,
+        verify=False,
+    )
     how, count = bundle.preprocessing, (data.limit if data else None) or MOST_IMAGES
     fits = stored is not None and stored.images.shape[1:] == (how.height, how.width, 3)
     samples = stored if stored and fits and data is None else gather_samples(data, count, how, config.input)

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from tldist.domain.recipe import DataRecipe
+from tldist.export.profile import Profile
 from tldist.recipe import Free, Recipe
 
 OUTPUTS: dict[str, tuple[str, ...]] = {
@@ -19,6 +20,8 @@ OUTPUTS: dict[str, tuple[str, ...]] = {
 """The outputs of the graph for each word of ``output``: a classifier's first one is always the logits."""
 ORDER = ("logits", "probabilities", "features")
 """In which the graph gives them; those of inner layers follow."""
+_SAMPLES = {"int8": 200}
+"""Pictures compared where the recipe does not say: a share of flipped decisions needs many."""
 
 
 class ExportRecipe(Recipe):
@@ -57,11 +60,17 @@ class ExportRecipe(Recipe):
     profile's provider here; or none. The profile's precision is always kept."""
     data: DataRecipe | None = None
     """A domain to take real samples from, for parity; none: generated pictures take their place."""
-    samples: int = Field(default=16, ge=1, le=256)
-    """How many pictures of the domain are compared, and stored in the package so that parity can be checked
-    again where it serves."""
+    samples: int | None = Field(default=None, ge=1)
+    """How many pictures of the domain are compared; none: 16, and 200 for int8, whose decisions are counted.
+    At most 16 of them are stored in the package, so that parity can be checked again where it serves."""
+    triton: Free[Path | None] = None
+    """Also write the package as a model of this Triton model repository."""
     trust_code: Free[bool] = False
     """Run code that the bundle names (package.module:function)."""
+
+    def count(self, profile: Profile) -> int:
+        """How many pictures are compared."""
+        return self.samples or _SAMPLES.get(profile.precision, 16)
 
     @property
     def outputs(self) -> tuple[str, ...]:

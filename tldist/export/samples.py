@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from tldist.domain import DataRecipe, Domain, open_domain
-from tldist.errors import DomainError
+from tldist.errors import DomainError, RecipeError
 from tldist.export.natural import extreme_images, natural_images
+from tldist.export.profile import Profile
 from tldist.progress import warn
 from tldist.runtime.decode import BadImage, decode_rgb, open_image
 from tldist.runtime.package import Input
@@ -97,6 +98,34 @@ def whole_picture(file: bytes, side: int) -> np.ndarray:
     picture = decode_rgb(open_image(file))
     factor = int(min(picture.size) / (_LARGEST * side))
     return np.array(picture.reduce(factor) if factor > 1 else picture)
+
+
+def calibration_images(
+    calibration: DataRecipe | None, data: DataRecipe | None, profile: Profile, how: Preprocessing
+) -> np.ndarray | None:
+    """uint8 (N, H, W, 3) that the ranges of int8 are measured on; None where the profile needs none.
+
+    Args:
+        calibration: the domain that was named for it; None: the training split of ``data``, so that what is
+            compared was not calibrated on where the domain has splits.
+        data: the domain that parity is measured on.
+        profile: says how many.
+        how: the preprocessing.
+
+    Raises:
+        RecipeError: there is no domain.
+        DomainError: none of its images can be decoded.
+    """
+    if profile.precision != "int8":
+        return None
+    source = calibration or data
+    if source is None:
+        raise RecipeError("int8 needs pictures to calibrate on: give calibration=D, or data=D.")
+    domain = open_domain(source)
+    if not source.split and calibration is None:
+        domain = domain.training_split()
+    images, _ = _decoded(domain.limited(profile.quantization.samples), lambda file: prepare(file, how))
+    return np.stack(images)
 
 
 def chosen_images(data: DataRecipe, count: int) -> Domain:

@@ -58,6 +58,7 @@ class _Stored(BaseModel):
     temperature: float = 1.0
     task: Task = "multiclass"
     input: Input = "fixed"
+    features: dict[str, Any] = {}
     exporter: dict[str, Any] = {}
     steps: list[dict[str, Any]] = []
 
@@ -78,6 +79,7 @@ class PackageConfig:
         temperature: probabilities are ``softmax(logits / temperature)``, or ``sigmoid`` of that.
         task: multiclass (one class an image, softmax) or multilabel (any number of them, sigmoid).
         input: what the graph takes.
+        features: how its features are made vectors: ``pool`` and ``l2``; empty where it gives none.
         exporter: which exporter made the graph, and why others did not.
         steps: what was done to the graph after that, one by one, with what each brought.
     """
@@ -93,6 +95,7 @@ class PackageConfig:
     temperature: float = 1.0
     task: Task = "multiclass"
     input: Input = "fixed"
+    features: dict[str, Any] = field(default_factory=dict)
     exporter: dict[str, Any] = field(default_factory=dict)
     steps: tuple[dict[str, Any], ...] = ()
 
