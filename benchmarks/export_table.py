@@ -72,11 +72,13 @@ def lively(name: str, size: int) -> nn.Module:
     return model.eval()
 
 
-def measure(name: str, free: bool) -> dict[str, Any]:
+def pixels_of(name: str, free: bool) -> int:
+    """Height and width that a model is exported at."""
+    return 112 if free and not name.startswith(("vit_", "maxvit_")) else SIZES.get(name, 224)
+
+
+def measure(name: str, free: bool, size: int) -> dict[str, Any]:
     """One row: figures, or ``reason`` where the model cannot be exported so."""
-    size = SIZES.get(name, 224)
-    if free and not name.startswith(("vit_", "maxvit_")):
-        size = 112
     graph = ExportGraph(
         lively(name, size),
         Preprocessing(size, size, size),
@@ -177,8 +179,8 @@ HEADER = (
 
 
 ABOUT = (
-    "Random weights, BatchNorm statistics of 16 pictures, heads that are not zero, any batch size. *Error*: the "
-    "largest difference between ONNX Runtime on the CPU and PyTorch on any logit or feature of "
+    "Random weights, BatchNorm statistics of 16 pictures, heads that are not zero, any batch size. *Error*: "
+    "the largest difference between ONNX Runtime on the CPU and PyTorch on any logit or feature of "
     f"{_PICTURES} pictures, black, white and noise, relative to the largest value; *of PyTorch's own*: in "
     "multiples of the difference between PyTorch in float32 and in float64. *Right*: within the tolerance of "
     f"the profile `cpu-fp32`, or {SLACK:g} times PyTorch's own. *s*: export and its checks."
@@ -220,7 +222,7 @@ def main() -> None:
     parser.add_argument("--free", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(measure(options.one, options.free)))
+        print(json.dumps(measure(options.one, options.free, pixels_of(options.one, options.free))))
         return
     names = list_architectures()
     wanted = [(name, False) for name in names] + [(name, True) for name in FAMILIES]

@@ -93,6 +93,40 @@ def acts_up(num_classes: int) -> nn.Module:
     )
 
 
+class _ActsUpAlways(nn.Module):
+    """Computes something else for every exporter."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flip(1) if torch.compiler.is_exporting() or torch.jit.is_tracing() else images
+
+
+def acts_up_always(num_classes: int) -> nn.Module:
+    """A network whose graph has the channels swapped, whichever exporter makes it."""
+    return nn.Sequential(_ActsUpAlways(), *list(acts_up(num_classes))[1:])
+
+
+def free_cnn(num_classes: int) -> nn.Module:
+    """A small network that takes images of any size."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(8, 12, 3, padding=1),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(12, num_classes),
+    )
+
+
+def pooled_cnn(num_classes: int) -> nn.Module:
+    """A network that takes images of any size, by a pooling that exporters fix to one size."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.AdaptiveAvgPool2d(6), nn.Flatten(), nn.Linear(144, num_classes)
+    )
+
+
 class _Decides(nn.Module):
     """Branches on a value, which no exported graph can."""
 
