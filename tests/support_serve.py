@@ -63,7 +63,7 @@ def as_png(picture: np.ndarray) -> bytes:
 def write_colour_package(
     folder: Path, *, any_size: bool = False, free: int = FREE, nan: bool = False
 ) -> Path:
-    """A package of a graph that costs nothing but what its images ask for, or whose logits are not numbers."""
+    """A package of a graph that costs what its images ask for; ``nan``: whose logits are not numbers."""
     folder.mkdir(parents=True)
     how = Preprocessing(height=SIZE, width=SIZE, resize=SIZE)
     config = PackageConfig(
