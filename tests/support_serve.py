@@ -60,8 +60,10 @@ def as_png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_colour_package(folder: Path, *, any_size: bool = False, free: int = FREE) -> Path:
-    """A package of a graph that costs nothing but what its images ask for."""
+def write_colour_package(
+    folder: Path, *, any_size: bool = False, free: int = FREE, nan: bool = False
+) -> Path:
+    """A package of a graph that costs what its images ask for; ``nan``: whose logits are not numbers."""
     folder.mkdir(parents=True)
     how = Preprocessing(height=SIZE, width=SIZE, resize=SIZE)
     config = PackageConfig(
@@ -76,7 +78,7 @@ def write_colour_package(folder: Path, *, any_size: bool = False, free: int = FR
         bundle={"identity": "0" * 64, "weights": "1" * 64},
         input="picture" if any_size else "fixed",
     )
-    proto = _graph(None if any_size else SIZE, free)
+    proto = _graph(None if any_size else SIZE, free, nan)
     helper.set_model_props(proto, config.graph_metadata())
     onnx.save(proto, folder / "model.onnx")
     random = np.random.default_rng(1)
@@ -90,12 +92,12 @@ def write_colour_package(folder: Path, *, any_size: bool = False, free: int = FR
     return folder
 
 
-def _graph(side: int | None, free: int) -> onnx.ModelProto:
+def _graph(side: int | None, free: int, nan: bool) -> onnx.ModelProto:
     """features = mean colour; logits = features @ WEIGHTS + 0 * (as many matrix products as asked for)."""
     constants = {
         "hw": np.array([1, 2]), "full": np.float32(255), "weights": WEIGHTS, "free": np.int64(free),
         "nothing": np.int64(0), "from": np.array([0, 0, 0]), "to": np.array([1, 1, 1]),
-        "axes": np.array([1, 2, 3]), "go": np.array(True), "zero": np.float32(0),
+        "axes": np.array([1, 2, 3]), "go": np.array(True), "zero": np.float32("nan" if nan else 0),
         "shape": np.array([_SIDE, _SIDE]), "mix": np.full((_SIDE, _SIDE), 1 / _SIDE, np.float32),
     }  # fmt: skip
     body = helper.make_graph(

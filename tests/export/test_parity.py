@@ -111,7 +111,7 @@ def test_parity__the_text_names_the_node_before_the_verdict(small: tuple[Path, P
     text = outcome.text.splitlines()
     assert text[-1] == "parity: FAIL"
     assert any(
-        line.startswith("first departure: Gemm node 'node_linear' of module model.fc") for line in text
+        line.startswith("first departure: Gemm node 'fc/Gemm' of module model.fc") for line in text
     )
     assert "package nan" in outcome.text
     assert "the package's output is NaN or infinite on 65 of 65 rows" in outcome.text

@@ -14,7 +14,7 @@ from PIL import Image
 from tests.support_models import lively_model
 from tldist.export import picture
 from tldist.export.conversion_check import fit_difference, picture_fault
-from tldist.export.converter import convert
+from tldist.export.converter import convert, resize_inside
 from tldist.export.graph import ExportGraph, run_graph
 from tldist.export.picture import FITTED, fit_graph
 from tldist.export.samples import natural_images
@@ -94,6 +94,7 @@ def test_convert__picture_answers_as_pytorch_does_of_the_fitted_one(exporter: An
     model = lively_model("tests.support_export:free_cnn", 4)
     graph = ExportGraph(model, how, ("logits", "features"), input="picture").eval()
     proto = convert(graph, None, exporter).proto
+    resize_inside(proto, how)
     shape = [side.dim_param or side.dim_value for side in proto.graph.input[0].type.tensor_type.shape.dim]
     assert shape == ["batch", "height", "width", 3]
     onnx.save(proto, tmp_path / "model.onnx")

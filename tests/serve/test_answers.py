@@ -133,6 +133,8 @@ def test_predict__wrong_bodies(server: Server, strict: Server) -> None:
     assert server.predict(body[: len(body) // 2], kind=kind).status == 400
     field = body.replace(b'; filename="a.png"', b"")
     assert "no file" in server.predict(field, kind=kind).json["error"]
+    two, _ = multipart({"a.png": png, "b.png": png})
+    assert "closing boundary" in server.predict(two[:-20], kind=kind).json["error"]
     four, kind = multipart({f"{number}.png": png for number in range(4)})
     assert strict.predict(four, kind=kind).status == 400
     three, kind = multipart({f"{number}.png": png for number in range(3)})

@@ -282,6 +282,10 @@ def test_pictures__of_different_sizes_do_not_share_a_batch(tmp_path: Path) -> No
         np.testing.assert_allclose(found["logits"], logits(picture[None])[0], atol=1e-5)
     found = server.metrics()
     assert (found["tldist_batch_size_sum"], found["tldist_batch_size_count"]) == (12, 3)
+    body, kind = multipart({"good.png": as_png(pictures[0]), "bad.png": b"rubbish"})
+    assert server.predict(body, kind=kind).status == 422
+    spent = server.metrics()["tldist_request_seconds_sum"] - found["tldist_request_seconds_sum"]
+    assert spent < 0.9, "waited for an image that could not come"
     assert server.stop()[0] == 0
 
 
@@ -295,6 +299,9 @@ def test_start__fails_with_the_reason(package: Path, server: Server, tmp_path: P
     damaged = run_tldist("serve", tmp_path / "damaged", "port=0")
     assert damaged.returncode == 2
     assert "model.onnx" in damaged.stderr
-    for done in (taken, damaged):
+    broken = run_tldist("serve", write_colour_package(tmp_path / "nan", nan=True), "port=0")
+    assert broken.returncode in (1, 2)
+    assert "'logits'" in broken.stderr
+    for done in (taken, damaged, broken):
         assert "Traceback" not in done.stderr
         assert len(done.stderr.splitlines()) == 1

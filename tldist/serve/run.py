@@ -92,6 +92,4 @@ class _Server(uvicorn.Server):
         """Ten times a second."""
         if self._service.failure:
             self.should_exit = True
-        if self.should_exit:
-            self._service.ready = False
         return await super().on_tick(counter)

@@ -28,7 +28,7 @@ class Service:
         recipe: the settings.
         config: of the package.
         metrics: what has been counted.
-        ready: whether it answers: loaded, checked and warm, and not asked to stop.
+        ready: whether it answers: loaded, checked and warm.
         failure: why it could not be loaded.
     """
 
