@@ -3,11 +3,14 @@
 #   PYTHON=python3.12   which Python makes .venv (default: the first of at least 3.11 that is found)
 #   JOBS=2              test processes
 #   ARGS="-k fuse"      more arguments for pytest, or for tldist demo
+#   PATTERN="resnet*"   for make table: some models, on pages in runs/ instead of docs/
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.13 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 JOBS ?= 2
 ARGS ?=
+PATTERN ?= *
+PAGES = $(if $(filter-out *,$(PATTERN)),runs,docs)
 BIN := .venv/bin
 STAMP := .venv/.installed
 # One thread for each test process: two of them on two cores would otherwise fight for the cores.
@@ -19,7 +22,8 @@ help:
 	@echo "make demo      install into .venv, then tell the story of transfer learning (minutes, no network)"
 	@echo "make test      install into .venv, then run the tests"
 	@echo "make realdata  the tests on real photos, digits and weights (TLDIST_REAL_DATA, or ../shared/data)"
-	@echo "make table     every torchvision classifier tried, into docs/zoo.md (minutes, 10 GB of memory)"
+	@echo "make table     every torchvision classifier tried (docs/zoo.md: minutes) and exported (docs/export.md:"
+	@echo "               hours; goes on where it stopped), 16 GB of memory; PATTERN='resnet*' for some of them"
 	@echo "make lint      style, types and layers"
 	@echo "make clean     remove .venv, caches and what the demo wrote"
 
@@ -46,8 +50,10 @@ realdata: $(STAMP)
 	@$(PYTEST) -m "realdata" $(ARGS) && echo "== realdata: PASS" || { echo "== realdata: FAIL"; exit 1; }
 
 table: $(STAMP)
-	@echo "== table: every torchvision classifier, into docs/zoo.md"
-	@$(BIN)/python benchmarks/zoo_table.py && echo "== table: PASS" || { echo "== table: FAIL"; exit 1; }
+	@echo "== table: every torchvision classifier, into $(PAGES)/zoo.md and $(PAGES)/export.md ($(PATTERN))"
+	@mkdir -p runs && $(BIN)/python benchmarks/zoo_table.py --pattern '$(PATTERN)' --out $(PAGES)/zoo.md \
+		&& $(BIN)/python benchmarks/export_table.py --pattern '$(PATTERN)' --out $(PAGES)/export.md \
+		&& echo "== table: PASS" || { echo "== table: FAIL"; exit 1; }
 
 lint: $(STAMP)
 	@echo "== lint: ruff (style, format), mypy (types), import-linter (layers)"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from common import machine
 from torch import nn
+from torchvision.models import get_model_weights
 
 from tldist.errors import TldistError
 from tldist.export.compare import SLACK, relative_error
@@ -48,7 +50,11 @@ FAMILIES = (
     "swin_v2_t", "vgg11", "vit_b_32", "wide_resnet50_2",
 )  # fmt: skip
 """One model of each family: what is tried with height and width free."""
-UPSTREAM: dict[str, str] = {}
+UPSTREAM = {
+    "adaptive_avg_pool2d": "https://github.com/pytorch/pytorch/issues/147720",
+    "SwinTransformer cannot": "https://github.com/microsoft/Swin-Transformer/issues/301",
+    "Wrong image height": "by design: the position embedding has one size",
+}
 """Where a reason that holds these words is known."""
 _PICTURES = 4
 
@@ -139,6 +145,18 @@ def in_a_process(name: str, free: bool, minutes: float) -> dict[str, Any]:
         return about | {"not_run": f"the process ended with {done.returncode}: {last[:200]}"}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return row
+
+
+def memory_short(name: str) -> str:
+    """Whether there is too little free memory for a model now, in words; empty: there is enough."""
+    info = Path("/proc/meminfo")
+    free = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text()) if info.is_file() else None
+    weights = get_model_weights(name).DEFAULT.meta["num_params"] * 4
+    # weights in PyTorch, in the graph, twice in ONNX Runtime or once in float64, and what a pass needs
+    needed = 5 * weights + 3e9
+    if free is None or int(free[1]) * 1024 >= needed:
+        return ""
+    return f"{name}: left for later, {needed / 1e9:.0f} GB wanted, {int(free[1]) / 1e6:.0f} GB are free"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -232,7 +250,10 @@ def main() -> None:
     for name, free in wanted:
         if not fnmatch.fnmatchcase(name, options.pattern):
             continue
-        if not any((row["model"], row["free"]) == (name, free) for row in rows):
+        known = {(row["model"], row["free"]) for row in rows}
+        if (name, free) not in known and (short := memory_short(name)):
+            print(short, flush=True)
+        elif (name, free) not in known:
             rows.append(in_a_process(name, free, options.minutes))
             print(json.dumps(rows[-1]), flush=True)
             with options.rows.open("a", encoding="utf-8") as file:
