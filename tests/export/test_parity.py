@@ -54,24 +54,21 @@ def other_activation(proto: onnx.ModelProto) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """A change, and what names its place: operator, value, words."""
+    """A change, and what names its place."""
 
     change: Change
     op: str
     value: str
-    words: str = ""
 
 
 FAULTS = {
     "one weight": Fault(edit("model.conv.weight", plus((5, 1, 1, 1), 0.05)), "Conv", "getitem_3"),
-    "nan weight": Fault(edit("model.fc.weight", plus((0, 0), np.nan)), "Gemm", "logits", "NaN"),
-    "infinite activation": Fault(
-        edit("model.stem.weight", plus((2, 0, 1, 1), 3e38)), "Conv", "getitem", "NaN"
-    ),
+    "nan weight": Fault(edit("model.fc.weight", plus((0, 0), np.nan)), "Gemm", "logits"),
+    "infinite activation": Fault(edit("model.stem.weight", plus((2, 0, 1, 1), 3e38)), "Conv", "getitem"),
     "swapped channels": Fault(edit("model.stem.weight", lambda array: array[:, ::-1]), "Conv", "getitem"),
     "wrong mean": Fault(edit("view", lambda array: array[:, ::-1]), "Sub", "sub_3"),
     "permuted classes": Fault(edit("model.fc.weight", lambda array: array[[1, 0, 2, 3]]), "Gemm", "logits"),
-    "other activation": Fault(other_activation, "Sigmoid", "relu", "computed by Relu, not Sigmoid"),
+    "other activation": Fault(other_activation, "Sigmoid", "relu"),
 }
 
 
@@ -110,9 +107,7 @@ def test_parity__the_text_names_the_node_before_the_verdict(small: tuple[Path, P
     assert not outcome.passed
     text = outcome.text.splitlines()
     assert text[-1] == "parity: FAIL"
-    assert any(
-        line.startswith("first departure: Gemm node 'fc/Gemm' of module model.fc") for line in text
-    )
+    assert any(line.startswith("first departure: Gemm node 'fc/Gemm' of module model.fc") for line in text)
     assert "package nan" in outcome.text
     assert "the package's output is NaN or infinite on 65 of 65 rows" in outcome.text
 

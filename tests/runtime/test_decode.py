@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -109,12 +111,14 @@ TURNS = {
 
 
 @pytest.mark.parametrize("orientation", sorted(TURNS))
-@pytest.mark.parametrize("fmt", ["PNG", "JPEG"])
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_decode__exif_orientation_is_applied(orientation: int, fmt: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(Image.fromarray(smooth(64, 40)), fmt, exif=exif)
-    stored = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    options = {"lossless": True} if fmt == "WEBP" else {}
+    picture = smooth(64, 40)
+    data = encode(Image.fromarray(picture), fmt, exif=exif, **options)
+    stored = np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) if fmt == "JPEG" else picture
     found = decode(data)
     np.testing.assert_array_equal(found, TURNS[orientation](stored))
     assert upright_size(open_image(data)) == (found.shape[1], found.shape[0])
@@ -130,6 +134,43 @@ def test_decode__exif_orientation_of_tiff(orientation: int, mode: str) -> None:
     found = decode(data)
     np.testing.assert_array_equal(found, TURNS[orientation](np.asarray(picture.convert("RGB"))))
     assert upright_size(open_image(data)) == (found.shape[1], found.shape[0])
+
+
+def png(pixels: np.ndarray, colour: int, clear: tuple[int, ...] = ()) -> bytes:
+    """A 16-bit PNG by the specification: uint16 (H, W, channels) of a colour type, perhaps with tRNS."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 16, colour, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    if clear:
+        chunks.insert(1, (b"tRNS", struct.pack(f">{len(clear)}H", *clear)))
+    parts = [struct.pack(">I", len(b)) + n + b + struct.pack(">I", zlib.crc32(n + b)) for n, b in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(0, 1), (2, 3)])
+def test_decode__one_transparent_colour_of_16_bits_shows_white(colour: int, channels: int) -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (6, 9, channels), dtype=np.uint16)
+    clear = tuple(deep[2, 3].tolist())
+    expected = np.broadcast_to(deep >> 8, (6, 9, 3)).copy()
+    np.testing.assert_array_equal(decode(png(deep, colour)), expected)
+    expected[2, 3] = 255
+    np.testing.assert_array_equal(decode(png(deep, colour, clear)), expected)
+
+
+def test_decode__one_transparent_colour_shows_white() -> None:
+    picture = smooth(12, 9).copy()
+    picture[4, 5] = (9, 8, 7)
+    found = decode(encode(Image.fromarray(picture), "PNG", transparency=(9, 8, 7)))
+    picture[4, 5] = 255
+    np.testing.assert_array_equal(found, picture)
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(4, 2), (6, 4)])
+def test_decode__alpha_of_16_bits_is_laid_on_white(colour: int, channels: int) -> None:
+    deep = np.random.default_rng(0).integers(0, 65536, (6, 9, channels), dtype=np.uint16)
+    alpha = deep[:, :, -1:] / 65535
+    expected = np.broadcast_to(deep[:, :, :-1] / 257 * alpha + 255 * (1 - alpha), (6, 9, 3))
+    assert np.abs(decode(png(deep, colour)) - expected).max() < 2
 
 
 def test_decode__draft_covers_what_was_asked_for() -> None:

@@ -15,6 +15,7 @@ from tldist.data.loader import load_batches
 from tldist.data.order import blocks_of
 from tldist.domain import open_domain
 from tldist.models.load import input_tensor
+from tldist.runtime.decode import BadImage
 from tldist.runtime.preprocess import Preprocessing, normalize, prepare
 
 INTERPOLATION = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
@@ -113,3 +114,12 @@ def test_loader__training_and_serving_see_the_same_pixels(tmp_path: Path) -> Non
             np.testing.assert_array_equal(image, prepare(data, how))
             seen += 1
     assert seen == len(domain) == 8
+
+
+def test_prepare__a_line_is_resized_and_one_that_would_fill_memory_is_refused() -> None:
+    how = Preprocessing(24, 24, 32)
+    assert prepare(encode(picture(1, 40)), how).shape == (24, 24, 3)
+    assert prepare(encode(picture(40, 1)), how).shape == (24, 24, 3)
+    for size in ((1, 200_000), (200_000, 1)):  # 32 x 6,400,000 pixels
+        with pytest.raises(BadImage, match="too narrow"):
+            prepare(encode(Image.new("L", size)), how)

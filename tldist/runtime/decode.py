@@ -59,7 +59,8 @@ def _orientation(image: Image.Image) -> int:
 
 def upright_size(image: Image.Image) -> Size:
     """Width and height in pixels after the EXIF orientation is applied, without decoding."""
-    turned = _orientation(image) in _TURNED and image.format != "TIFF"  # whose size Pillow gives upright
+    # Pillow's TIFF plugin turns by itself: the size that it gives is upright before the pixels are.
+    turned = image.format != "TIFF" and _orientation(image) in _TURNED
     return (image.height, image.width) if turned else (image.width, image.height)
 
 
@@ -93,19 +94,35 @@ def decode_rgb(image: Image.Image, at_least: Size | None = None) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
+    if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow clips 16-bit grey at 255; the upper byte is the picture.
-        grey = np.asarray(image).astype(np.int64)
-        return Image.fromarray(np.clip(grey >> 8, 0, 255).astype(np.uint8)).convert("RGB")
+        return _deep_grey(image)
     if image.mode == "F":
         return Image.fromarray(np.clip(np.asarray(image), 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode in ("P", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
+        image = _with_alpha(image)
     if image.mode in ("RGBA", "LA", "La", "RGBa"):
         # What shows through transparency is undefined; white is what viewers and print show.
         picture = image.convert("RGBA")
         ground = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         return Image.alpha_composite(ground, picture).convert("RGB")
     return image.convert("RGB")
+
+
+def _deep_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey: Pillow clips it at 255, while its upper byte is the picture."""
+    grey = np.asarray(image).astype(np.int64)
+    levels = np.clip(grey >> 8, 0, 255).astype(np.uint8)
+    if isinstance(clear := image.info.get("transparency"), int):
+        levels[grey == clear] = 255
+    return Image.fromarray(levels).convert("RGB")
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """The palette's transparency, or that of one colour, as an alpha channel."""
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
+        # A 16-bit PNG, of which Pillow keeps the upper bytes.
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+    return image.convert("RGBA")

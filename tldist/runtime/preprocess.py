@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from tldist.runtime.decode import Size, decode_rgb, open_image, upright_size
+from tldist.runtime.decode import MAX_PIXELS, BadImage, Size, decode_rgb, open_image, upright_size
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -116,9 +116,14 @@ def resize_box(
 def _scaled_size(size: Size, shorter: int) -> Size:
     """(width, height) whose shorter side is ``shorter``, in the picture's proportions, as in torchvision."""
     width, height = size
-    if width <= height:
-        return shorter, int(shorter * height / width)
-    return int(shorter * width / height), shorter
+    scaled = (
+        (shorter, int(shorter * height / width))
+        if width <= height
+        else (int(shorter * width / height), shorter)
+    )
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise BadImage(f"{width}x{height} pixels: too narrow to resize its shorter side to {shorter}")
+    return scaled
 
 
 def normalize(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
