@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,11 @@ from tldist.export.precision.half import LARGEST, Half, HalfKind, to_half
 from tldist.export.precision.running import observe
 from tldist.export.precision.search import pruned, smallest_prefix, told
 from tldist.progress import say
-from tldist.runtime.session import CPU
 
 Judge = Callable[[onnx.ModelProto], Sequence[str]]
 """What is wrong with a graph; nothing where it agrees."""
+Watch = Callable[[onnx.ModelProto, np.ndarray, Iterable[str]], dict[str, np.ndarray]]
+"""Values inside a graph, by name, for one batch of images; float32."""
 
 HEADROOM = 2.0
 """A value within this factor of the largest fp16 number counts as beyond it: other images have larger."""
@@ -46,9 +47,8 @@ def find_half(
     judge: Judge,
     images: np.ndarray,
     *,
+    watch: Watch = observe,
     keep: Mapping[str, str] | None = None,
-    provider: str = CPU,
-    options: Mapping[str, str] | None = None,
 ) -> Found:
     """Convert to half precision, with as few nodes in float32 as agreement needs.
 
@@ -61,19 +61,20 @@ def find_half(
         kind: the half type.
         judge: says what is wrong with a graph.
         images: uint8 (N, H, W, 3), some real ones and extremes, that the graphs are run on side by side.
+        watch: gives values inside a graph. It must compute in half precision what is in half precision:
+            ONNX Runtime's CPU does most of it in float32, where nothing overflows.
         keep: names of nodes, or operator types, that stay float32, and why.
-        provider, options: that run both graphs.
 
     Raises:
         CheckFailed: no choice of nodes agrees.
     """
-    exact = observe(proto, images, _values(proto), provider, options)
+    exact = watch(proto, images, _values(proto))
     kept = {**dict(keep or {}), **(_overflowing(proto, exact, kind))}
     half = to_half(proto, kind, kept)
     if not (faults := tuple(judge(half.proto))):
         return Found(half, (), 1)
     say(f"{kind} does not agree yet ({faults[0]}); looking for the nodes that must stay float32")
-    ranking = _departures(proto, half, exact, observe(half.proto, images, _values(proto), provider, options))
+    ranking = _departures(proto, half, exact, watch(half.proto, images, _values(proto)))
     trials = 1
 
     def agrees(names: frozenset[str]) -> bool:

@@ -140,6 +140,9 @@ def quantize(plan: Plan, exclude: frozenset[str] = frozenset()) -> onnx.ModelPro
     }
     if plan.provider == TENSORRT:  # it wants a pair of its own at every weight and reader, and float32 biases
         options |= {"AddQDQPairToWeight": True, "DedicatedQDQPair": True, "QuantizeBias": False}
+    for node in proto.graph.node:  # what pooling left in between has the range of what it hands on
+        if node.op_type == "Flatten" and node.input[0] not in ranges and node.output[0] in ranges:
+            ranges.data[node.input[0]] = ranges[node.output[0]]
     if plan.border:
         options["TensorQuantOverrides"] = {
             SHIFTED: [{"rmin": np.float32(plan.border.low), "rmax": np.float32(plan.border.high)}]

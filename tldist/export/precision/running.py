@@ -30,6 +30,8 @@ Latency = dict[str, float]
 _SILENT = 4
 _ROUNDS = 7
 _SECONDS = 4.0
+_SPAN = 0.01
+"""Seconds that are timed at once, at least, by repeating quick runs (up to 20 times)."""
 _TOO_SLOW = 20.0
 """Seconds of one run above which that batch size is not measured."""
 
@@ -112,11 +114,11 @@ def measure(
         if max(first.values()) > _TOO_SLOW:
             continue
         rounds = int(np.clip(_SECONDS / max(sum(first.values()), 1e-9), 3, _ROUNDS))
-        repeats = max(1, int(0.02 / max(min(first.values()), 1e-6)))
+        repeats = {name: int(np.clip(_SPAN / one, 1, 20)) for name, one in first.items()}
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
-                times[name].append(_seconds(call, repeats))
+                times[name].append(_seconds(call, repeats[name]))
         for name, values in times.items():
             found[name][str(batch)] = 1000 * statistics.median(values)
     return found
