@@ -50,7 +50,9 @@ class Net:
     def pooled(self, value: str, keepdims: int = 0) -> str:
         return self.add("ReduceMean", value, self.constant([2, 3], np.int64), keepdims=keepdims)
 
-    def proto(self, output: str, opset: int = 20, side: int | None = SIDE, width: int = CLASSES) -> onnx.ModelProto:
+    def proto(
+        self, output: str, opset: int = 20, side: int | None = SIDE, width: int = CLASSES
+    ) -> onnx.ModelProto:
         self.nodes.append(helper.make_node("Identity", [output], ["logits"], "last"))
         size = side if side else "side"
         graph = helper.make_graph(

@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from tldist.runtime.decode import BadImage, open_image
 from tldist.runtime.package import PackageConfig
-from tldist.runtime.preprocess import decode_picture, prepare
+from tldist.runtime.preprocess import prepare_picture, prepare
 from tldist.serve.recipe import ServeRecipe
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
@@ -139,4 +139,4 @@ def decode(data: bytes, config: PackageConfig, max_pixels: int) -> np.ndarray:
         raise BadImage(f"{image.width}x{image.height} pixels: larger than {max_pixels:,}")
     # A graph with input=dynamic would take any size; it gets the one that it was trained with.
     whole = config.input == "picture"
-    return (decode_picture if whole else prepare)(data, config.preprocessing)
+    return (prepare_picture if whole else prepare)(data, config.preprocessing)

@@ -75,7 +75,9 @@ def test_kept_by_the_profile__stays(net: onnx.ModelProto, images: np.ndarray, lo
 
 
 def test_what_never_agrees__fails_and_says_what_was_tried(net: onnx.ModelProto, images: np.ndarray) -> None:
-    with pytest.raises(CheckFailed, match=r"fp16 does not agree.*nodes in float32 \(\d+ graphs tried\): never"):
+    with pytest.raises(
+        CheckFailed, match=r"fp16 does not agree.*nodes in float32 \(\d+ graphs tried\): never"
+    ):
         find_half(net, "fp16", lambda proto: ["never"], images[:2], watch=watch)
 
 
