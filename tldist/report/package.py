@@ -24,6 +24,12 @@ _FIGURES = {
     "worst_group": "worst on",
     "cosine": "least cosine",
     "top1": "equal decisions",
+    "neighbours": "equal neighbours",
+}
+_INPUTS = {
+    "fixed": "uint8, {height} x {width} pixels",
+    "dynamic": "uint8, any height and width",
+    "picture": "uint8, any height and width, resized to {height} x {width} in the graph",
 }
 
 
@@ -45,9 +51,9 @@ def read_package_section(folder: Path) -> Section:
         status=f"parity {status}",
         good={"PASS": True, "FAIL": False}.get(status),
         facts=list(_facts(folder, config, parity)),
-        notes=list(_notes(outputs, parity)),
+        notes=list(_notes(config, outputs, parity)),
         pictures=list(_scatters(outputs)),
-        tables=list(_tables(outputs)),
+        tables=[*_tables(outputs), *_steps(config)],
         settings=_settings(config),
     )
 
@@ -59,9 +65,12 @@ def _facts(folder: Path, config: PackageConfig, parity: dict[str, Any]) -> Itera
     yield "provider", show(parity.get("provider") or config.profile.get("provider"))
     yield "outputs", ", ".join(f"{name} ({width:,})" for name, width in config.outputs.items())
     yield "classes", show(len(config.classes))
-    yield "input", f"uint8, {how.height} x {how.width} pixels"
+    yield "input", _INPUTS[config.input].format(height=how.height, width=how.width)
+    if config.exporter:
+        yield "exporter", f"{config.exporter.get('name')}, opset {config.exporter.get('opset')}"
     if (folder / MODEL).is_file():
-        yield "size of the graph", f"{(folder / MODEL).stat().st_size / 1e6:,.1f} MB"
+        size = sum(file.stat().st_size for file in folder.glob(f"{MODEL}*"))
+        yield "size of the graph", f"{size / 1e6:,.1f} MB"
     samples = parity.get("samples")
     if isinstance(samples, dict):
         yield "compared on", ", ".join(f"{show(count)} {name}" for name, count in samples.items())
@@ -69,8 +78,10 @@ def _facts(folder: Path, config: PackageConfig, parity: dict[str, Any]) -> Itera
         yield "at batch sizes", show(parity["batches"])
 
 
-def _notes(outputs: list[dict[str, Any]], parity: dict[str, Any]) -> Iterator[str]:
+def _notes(config: PackageConfig, outputs: list[dict[str, Any]], parity: dict[str, Any]) -> Iterator[str]:
     yield from (f"Fault: {problem}" for problem in parity.get("problems", []))
+    for refused in config.exporter.get("refused", []):
+        yield f"The exporter {refused.get('exporter')} was not used: {refused.get('reason')}."
     for part in outputs:
         yield from (f"Fault in {part.get('output')}: {text}." for text in part.get("faults", []))
         yield from (f"Warning about {part.get('output')}: {text}." for text in part.get("warnings", []))
@@ -94,6 +105,32 @@ def _tables(outputs: list[dict[str, Any]]) -> Iterator[Table]:
     if groups:
         columns = ("output", "samples", "comparisons", "relative error", "tolerance", "PyTorch's own error")
         yield Table("By kind of sample", (*columns, "least cosine"), groups, words=(0, 1))
+
+
+def _steps(config: PackageConfig) -> Iterator[Table]:
+    """What was done to the graph, and what each step brought."""
+    if config.steps:
+        names = ("step", "nodes", "MB", "parity", "ms an image", "ms a batch of 32", "what it did")
+        yield Table(
+            "Steps after the exporter", names, [_step(step) for step in config.steps], words=(0, 3, 6)
+        )
+
+
+def _step(step: dict[str, Any]) -> list[str]:
+    latency = step.get("latency") or {}
+    notes = [str(step.get("what", ""))] + [f"undone: {step['dropped']}"] * bool(step.get("dropped"))
+    notes += [f"level {name}: {show(time)} ms" for name, time in (step.get("levels") or {}).items()]
+    faults = step.get("faults")
+    parity = "" if latency == {} and not faults else "; ".join(faults or []) or "agrees"
+    size, count = step.get("bytes"), step.get("nodes")
+    return [
+        show(step.get("name")),
+        show(count[-1] if count else None),
+        f"{size[-1] / 1e6:.1f}" if size else "",
+        parity,
+        *(f"{latency[batch]:.2f}" if batch in latency else "" for batch in ("1", "32")),
+        "; ".join(notes),
+    ]
 
 
 def _figure(value: Any) -> str:
