@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ def test_settings__are_those_of_the_session(tiny: Path, level: str) -> None:
     recorded = json.loads(json.dumps(session.describe()))
     assert (recorded["threads"], recorded["spinning"], recorded["optimization"]) == (3, False, level)
     assert recorded["onnxruntime"] == onnxruntime.__version__
-    assert recorded["placement"] == {"CPUExecutionProvider": {"Cast": 1, "ReduceMean": 1, "MatMul": 1}}
+    if hasattr(session.raw, "get_provider_graph_assignment_info"):
+        assert recorded["placement"] == {"CPUExecutionProvider": {"Cast": 1, "ReduceMean": 1, "MatMul": 1}}
 
 
 def test_settings__what_makes_no_sense_is_refused(tiny: Path) -> None:
@@ -78,6 +80,15 @@ def test_open__a_gpu_that_is_not_there_is_said(tiny: Path) -> None:
     for provider in ("CUDAExecutionProvider", "TensorrtExecutionProvider"):
         with pytest.raises(MachineError, match=f"'{provider}'"):
             Package.open(tiny, provider=provider)
+
+
+def test_open__a_provider_that_takes_nothing_is_no_silent_cpu(tiny: Path) -> None:
+    """The build for CPUs has a provider for remote models: it accepts a session and runs nothing."""
+    if "AzureExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has no such provider")
+    with pytest.raises(MachineError, match=r"leaves 2 nodes to the CPU: 1 ReduceMean, 1 MatMul"):
+        Package.open(tiny, provider="AzureExecutionProvider")
+    Package.open(tiny, provider="AzureExecutionProvider", max_cpu_nodes=2)
 
 
 def test_warm_up__runs_the_sizes(tiny: Path) -> None:
@@ -139,9 +150,6 @@ def test_bindings__every_batch_gives_what_a_plain_run_gives(
         found = bound.run(pictures)["features"]
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, by_hand(pictures), rtol=1e-5, atol=1e-4)
-        np.testing.assert_array_equal(
-            found, bound.run(pictures[:, ::-1, ::-1])["features"].round(9) * 0 + found
-        )
 
 
 def test_bindings__buffers_are_used_again_and_answers_are_copies(session: Session) -> None:
@@ -191,8 +199,6 @@ def test_bindings__threads_do_not_mix_their_answers(session: Session) -> None:
 
 def test_session__runs_through_its_bindings(session: Session) -> None:
     """The way that a GPU's session goes."""
-    from dataclasses import replace
-
     bound = replace(session, bindings=bindings(session, batches=(4,)))
     pictures = images(6)
     np.testing.assert_allclose(bound.run(pictures)["features"], by_hand(pictures), rtol=1e-5, atol=1e-4)

@@ -140,7 +140,7 @@ def draw(rows: Sequence[Row]) -> str:
 
     shown = [row for row in rows if not row.failed and not row.wrong]
     compared = any(row.ratio for row in shown)
-    names = [f"{row.variant}, batch {row.batch}" for row in shown]
+    names = [f"{row.batch}: {row.variant.replace('channels_last', 'NHWC')}" for row in shown]  # short
     values = [(row.ratio if compared else row.images_per_second) or 0.0 for row in shown]
-    label = "times as fast as PyTorch eager" if compared else "images per second"
+    label = "batch size: times as fast as PyTorch eager" if compared else "batch size: images per second"
     return as_file(bars(names, values, [0.0] * len(values), label))
