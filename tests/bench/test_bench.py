@@ -80,7 +80,7 @@ def test_variants__compute_the_bundle(exported: tuple[Path, Path], name: str, ou
 
 
 def test_variants__layout_and_precision_are_those_of_the_name(exported: tuple[Path, Path]) -> None:
-    seen: dict[str, tuple[torch.dtype, bool]] = {}
+    seen: dict[str, tuple[torch.dtype, bool, bool]] = {}
     for name in ("eager", "channels_last", "bf16", "bf16_weights+channels_last"):
         handles = []
 
@@ -91,7 +91,8 @@ def test_variants__layout_and_precision_are_those_of_the_name(exported: tuple[Pa
                 and module.kernel_size == (3, 3)
             ):
                 last = output.is_contiguous(memory_format=torch.channels_last)
-                seen.setdefault(name, (output.dtype, last))  # noqa: B023
+                weights = module.weight.is_contiguous(memory_format=torch.channels_last)
+                seen.setdefault(name, (output.dtype, last, weights))  # noqa: B023
 
         handles.append(torch.nn.modules.module.register_module_forward_hook(keep))
         try:
@@ -101,10 +102,10 @@ def test_variants__layout_and_precision_are_those_of_the_name(exported: tuple[Pa
         finally:
             handles[0].remove()
     assert seen == {
-        "eager": (torch.float32, False),
-        "channels_last": (torch.float32, True),
-        "bf16": (torch.bfloat16, False),
-        "bf16_weights+channels_last": (torch.bfloat16, True),
+        "eager": (torch.float32, False, False),
+        "channels_last": (torch.float32, True, True),
+        "bf16": (torch.bfloat16, False, False),
+        "bf16_weights+channels_last": (torch.bfloat16, True, True),
     }
 
 

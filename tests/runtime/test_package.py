@@ -15,11 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchvision.models import squeezenet1_1
 
+from tests.embed.tiny import tiny_package
 from tests.support import encode, make_images
 from tests.support_export import CLASSES, SMALL, damage, edit_record
 from tldist.errors import MachineError, PackageError
 from tldist.runtime.decode import BadImage
-from tldist.runtime.package import Package, is_package, read_package
+from tldist.runtime.package import Package, PackageConfig, is_package, read_package, write_package
 from tldist.runtime.predict import predict, probabilities
 from tldist.runtime.preprocess import prepare
 from tldist.runtime.session import open_session, require_provider
@@ -121,6 +122,30 @@ def test_open__changed_or_missing_file_is_refused(
     (copy / name).unlink()
     with pytest.raises(PackageError, match=f"{name}: missing"):
         Package.open(copy)
+
+
+def test_open__external_data_is_part_of_the_package(tmp_path: Path) -> None:
+    package = tiny_package(tmp_path / "p", np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32))
+    whole = Package.open(package)
+    proto = onnx.load(package / "model.onnx")
+    data = "model.onnx.data"
+    onnx.save(proto, package / "model.onnx", save_as_external_data=True, location=data, size_threshold=32)
+    config = write_package_again(package)
+    assert set(config.files) == {"model.onnx", data, "reference.safetensors", "parity.json"}
+    images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(
+        Package.open(package).run(images)["features"], whole.run(images)["features"]
+    )
+    weights = bytearray((package / data).read_bytes())
+    weights[-1] ^= 1
+    (package / data).write_bytes(weights)
+    with pytest.raises(PackageError, match=r"model\.onnx\.data.*SHA-256"):
+        Package.open(package)
+
+
+def write_package_again(package: Path) -> PackageConfig:
+    config = read_package(package, verify=False)
+    return write_package(package, config)
 
 
 def test_open__truncated_graph_is_refused_also_unverified(

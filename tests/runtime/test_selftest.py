@@ -19,6 +19,7 @@ from tldist.errors import PackageError
 from tldist.files import sha256_file
 from tldist.runtime.package import Package
 from tldist.runtime.reference import Reference, read_reference, write_reference
+from tldist.runtime.selftest import Part
 
 WEIGHTS = np.random.default_rng(5).normal(size=(3, 6)).astype(np.float32)
 
@@ -112,6 +113,39 @@ def test_self_test__extremes_that_are_only_reported_must_be_finite(tiny: Path, t
     copy = damage(tiny, tmp_path / "copy", lambda proto: change_weights(proto, float("inf")))
     with pytest.raises(PackageError, match="on noise samples"):
         Package.open(copy)
+
+
+def test_self_test__another_resize_widens_the_tolerance(tiny: Path) -> None:
+    reference = read_reference(tiny / "reference.safetensors")
+    right = reference.expected["features"]
+    off = {"features": right + np.float32(1e-3) * np.abs(right).max()}
+    set_reference(tiny, replace(reference, exported=off, fitted={"features": right}))
+    with pytest.raises(PackageError, match="self-test failed"):
+        Package.open(tiny)
+    set_reference(tiny, replace(reference, exported=off, fitted=off))
+    Package.open(tiny)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 40.0])
+def test_part__probabilities_may_be_off_by_what_the_logits_may(tiny: Path, temperature: float) -> None:
+    """Half of the logits' tolerance, in units of a logit, over the temperature; against random changes."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(3, 6), scale=4)
+    names = {"logits": logits, "probabilities": softmax(logits / temperature)}
+    reference = replace(read_reference(tiny / "reference.safetensors"), expected=names)
+    rows = np.ones(3, bool)
+    part = Part(reference, "probabilities", rows, {"max_relative": 0.01}, temperature)
+    change = 0.01 * np.abs(logits).max()
+    assert part.magnitude == 1
+    assert part.limit == pytest.approx(max(0.01, 0.5 * change / temperature))
+    for _ in range(200):
+        moved = softmax((logits + random.choice([-change, change], logits.shape)) / temperature)
+        assert np.abs(moved - names["probabilities"]).max() <= part.limit
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    powers = np.exp(values)
+    return powers / powers.sum(1, keepdims=True)
 
 
 def test_self_test__each_group_has_a_magnitude_of_its_own(tiny: Path) -> None:

@@ -25,16 +25,15 @@ from tldist.runtime.preprocess import Preprocessing
 from tldist.runtime.provider import Settings
 from tldist.runtime.reference import read_reference
 from tldist.runtime.session import CPU, Session, open_session
+from tldist.runtime.session import FEATURES as FEATURES
+from tldist.runtime.session import LOGITS as LOGITS
+from tldist.runtime.session import PROBABILITIES as PROBABILITIES
 
 CONFIG = "package.json"
 MODEL = "model.onnx"
 REFERENCE = "reference.safetensors"
 PARITY = "parity.json"
 FORMAT = "tldist.package/1"
-
-LOGITS, PROBABILITIES, FEATURES = "logits", "probabilities", "features"
-"""The names of a graph's outputs. A classifier's first one is the logits. Those of inner layers are called
-``features.LAYER``."""
 
 Input = Literal["fixed", "dynamic", "picture"]
 """What the graph takes, uint8 (batch, H, W, 3): images of the one size that the preprocessing makes; of any
@@ -203,7 +202,9 @@ class Package:
         """
         reference = read_reference(self.path / REFERENCE)
         tolerances = self.config.profile.get("tolerances", {})
-        problems = selftest.find_problems(self.session, reference, tolerances, samples)
+        problems = selftest.find_problems(
+            self.session, reference, tolerances, samples, self.config.temperature
+        )
         if problems:
             raise PackageError(f"{self.path}: {selftest.explain(problems, self.session)}")
 

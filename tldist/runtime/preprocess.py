@@ -72,27 +72,26 @@ def prepare(data: bytes, how: Preprocessing) -> np.ndarray:
     Raises:
         BadImage: it cannot be decoded.
     """
-    return fit(*_decode(data, how))
+    return fit(*_open(data, how))
 
 
-def decode_picture(data: bytes, how: Preprocessing) -> np.ndarray:
-    """Decode as `prepare` does, and leave resize and crop to a graph that takes whole pictures.
+def prepare_picture(data: bytes, how: Preprocessing) -> np.ndarray:
+    """Decode for a graph that resizes and crops by itself: the pixels that `prepare` would resize.
 
     Returns:
-        uint8 (H, W, 3), RGB: the picture, or a large JPEG at 1/2, 1/4 or 1/8 of its size, as in training.
+        uint8 (H, W, 3), RGB, of any size: a large JPEG is already reduced, as `OVERSAMPLE` says.
 
     Raises:
         BadImage: it cannot be decoded.
     """
-    return np.array(_decode(data, how)[0], dtype=np.uint8)
+    return np.array(_open(data, how)[0], dtype=np.uint8)
 
 
-def _decode(data: bytes, how: Preprocessing) -> tuple[Image.Image, Preprocessing, Size]:
-    """An upright RGB image no smaller than needed, the preprocessing, and the size to resize it to."""
+def _open(data: bytes, how: Preprocessing) -> tuple[Image.Image, Preprocessing, Size]:
+    """The picture before it is resized, and the (width, height) that it will be resized to."""
     image = open_image(data)
     scaled = _scaled_size(upright_size(image), max(how.resize, how.height, how.width))
-    picture = decode_rgb(image, at_least=(scaled[0] * OVERSAMPLE, scaled[1] * OVERSAMPLE))
-    return picture, how, scaled
+    return decode_rgb(image, at_least=(scaled[0] * OVERSAMPLE, scaled[1] * OVERSAMPLE)), how, scaled
 
 
 def fit(picture: Image.Image, how: Preprocessing, scaled: Size | None = None) -> np.ndarray:

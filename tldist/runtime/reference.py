@@ -2,7 +2,7 @@
 
 With them a package can be checked where it serves, without torch. One safetensors file: ``images`` (uint8),
 ``picture.N`` (uint8, images of other sizes), and for each output ``expected.NAME`` (float32),
-``referee.NAME`` (float64) and ``exported.NAME`` (float32).
+``referee.NAME`` (float64), ``exported.NAME`` (float32) and perhaps ``fitted.NAME`` (float32).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ EXTREMES = ("black", "white", "noise")
 MOST_STORED = 16
 """Pictures of each group that a package carries, whatever was compared when it was made."""
 
-_EXPECTED, _REFEREE, _EXPORTED, _PICTURE = "expected.", "referee.", "exported.", "picture."
+_ANSWERS = ("expected.", "referee.", "exported.", "fitted.")
+_PICTURE = "picture."
 _MOST_BYTES = 16 * 2**20
 """Of pictures in a package; further ones are left out."""
 
@@ -98,12 +99,17 @@ class Reference:
         referee: float64 (N, D) of each output: the bundle in float64; empty where it cannot run so.
         exported: float32 (N, D) of each output: the package itself on the machine that made it, each
             image alone; empty where not recorded. A machine that serves computes the same, or says so.
+        fitted: float32 (N, D) of each output, where the graph resizes pictures itself: the bundle in float32
+            on the pixels that training's resize makes, while ``expected`` and ``referee`` are on those of
+            the graph. Both round to whole grey levels; how far the answers differ by it is the allowance of
+            another machine, whose rounding may be a third.
     """
 
     samples: Samples
     expected: dict[str, np.ndarray]
     referee: dict[str, np.ndarray] = field(default_factory=dict)
     exported: dict[str, np.ndarray] = field(default_factory=dict)
+    fitted: dict[str, np.ndarray] = field(default_factory=dict)
 
     def take(self, rows: np.ndarray) -> Reference:
         """Some of the samples and their answers: ``rows`` are positions in rising order."""
@@ -117,7 +123,8 @@ class Reference:
         return replace(self, exported=answers)
 
     def _answers(self) -> tuple[dict[str, np.ndarray], ...]:
-        return self.expected, self.referee, self.exported
+        """In the order of the fields."""
+        return self.expected, self.referee, self.exported, self.fitted
 
 
 def thin(reference: Reference, most: int = MOST_STORED) -> Reference:
@@ -150,11 +157,7 @@ def write_reference(path: Path, reference: Reference) -> None:
     samples = reference.samples
     tensors = {"images": samples.images}
     tensors |= {f"{_PICTURE}{place}": picture for place, picture in enumerate(samples.pictures)}
-    for prefix, part in (
-        (_EXPECTED, reference.expected),
-        (_REFEREE, reference.referee),
-        (_EXPORTED, reference.exported),
-    ):
+    for prefix, part in zip(_ANSWERS, reference._answers()):
         tensors |= {prefix + name: values for name, values in part.items()}
     about = {"groups": json.dumps(samples.groups), "ids": json.dumps(samples.ids)}
     save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata=about)
@@ -174,7 +177,7 @@ def read_reference(path: Path) -> Reference:
         others = _part(tensors, _PICTURE)
         pictures = tuple(others[name] for name in sorted(others, key=int))
         samples = Samples(tensors["images"], groups, tuple(json.loads(about["ids"])), pictures)
-        parts = [_part(tensors, prefix) for prefix in (_EXPECTED, _REFEREE, _EXPORTED)]
+        parts = [_part(tensors, prefix) for prefix in _ANSWERS]
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise PackageError(f"{path}: cannot be read as reference samples: {error}.") from error
     problem = samples.find_problem() or _find_problem(parts, len(samples))

@@ -20,6 +20,9 @@ from tldist.runtime.provider import require_provider as require_provider
 INPUT = "images"
 """The name of the one input: uint8 (batch, H, W, 3), RGB."""
 
+LOGITS, PROBABILITIES, FEATURES = "logits", "probabilities", "features"
+"""The names of a graph's outputs. A classifier's first one is the logits. Those of inner layers are called
+``features.LAYER``."""
 _TYPES: dict[str, type[np.generic]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,

@@ -19,7 +19,7 @@ from PIL import Image
 from tldist.process import core_count
 from tldist.runtime.decode import BadImage, read_bytes
 from tldist.runtime.package import Package, PackageConfig
-from tldist.runtime.preprocess import decode_picture, fit, prepare
+from tldist.runtime.preprocess import fit, prepare, prepare_picture
 
 Source = str | os.PathLike[str] | bytes | np.ndarray
 """A path, the bytes of an image file, or a decoded picture: uint8 (H, W, 3), RGB, of any size."""
@@ -111,7 +111,7 @@ def read_source(source: Source, config: PackageConfig, name: str = "the image") 
         if not isinstance(source, bytes):
             name = os.fspath(source)
             source = read_bytes(source)
-        return decode_picture(source, how) if whole else prepare(source, how)
+        return prepare_picture(source, how) if whole else prepare(source, how)
     except BadImage as error:
         raise BadImage(f"{name}: {error}") from error
 
