@@ -129,7 +129,7 @@ def test_open__external_data_is_part_of_the_package(tmp_path: Path) -> None:
     whole = Package.open(package)
     proto = onnx.load(package / "model.onnx")
     data = "model.onnx.data"
-    onnx.save(proto, package / "model.onnx", save_as_external_data=True, location=data, size_threshold=32)
+    onnx.save(proto, package / "model.onnx", save_as_external_data=True, location=data, size_threshold=60)
     config = write_package_again(package)
     assert set(config.files) == {"model.onnx", data, "reference.safetensors", "parity.json"}
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
@@ -140,6 +140,15 @@ def test_open__external_data_is_part_of_the_package(tmp_path: Path) -> None:
     weights[-1] ^= 1
     (package / data).write_bytes(weights)
     with pytest.raises(PackageError, match=r"model\.onnx\.data.*SHA-256"):
+        Package.open(package)
+
+
+@pytest.mark.parametrize("name", ["max_cpu_nodes", "provider_options", "tolerances"])
+def test_open__a_profile_that_makes_no_sense_is_refused(tmp_path: Path, name: str) -> None:
+    package = tiny_package(tmp_path / "p", np.zeros((3, 4), np.float32))
+    profile = json.loads((package / "package.json").read_text())["profile"]
+    edit_record(package, profile=profile | {name: "anything"})
+    with pytest.raises(PackageError, match=f"the profile's {name} is 'anything'"):
         Package.open(package)
 
 

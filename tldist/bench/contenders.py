@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -36,7 +37,7 @@ def gather(recipe: BenchRecipe, package: Package, device: str) -> Contenders:
         with needs("train"):
             from tldist.bench.torch_variants import TorchModel
         output = first_output(package)
-        l2 = bool(package.config.lineage.get("recipe", {}).get("l2")) and output == FEATURES
+        l2 = output == FEATURES and bool(_part(package.config.lineage.get("recipe")).get("l2"))
         model = TorchModel(bundle, output, l2, device, recipe.trust_code)
     except TldistError as error:
         if recipe.bundle is not None and not isinstance(error, MissingExtra):
@@ -55,14 +56,19 @@ def first_output(package: Package) -> str:
 
 def _find_bundle(recipe: BenchRecipe, package: Package) -> Path:
     """The bundle that the package was made from: as given, or as its lineage names it."""
-    parents = package.config.lineage.get("parents") or [{}]
-    path = recipe.bundle or parents[0].get("path")
+    parents = package.config.lineage.get("parents")
+    path = recipe.bundle or _part(parents[0] if isinstance(parents, list) and parents else None).get("path")
     if not isinstance(path, str):
         raise RecipeError("the package names no bundle that it was made from; give it: bundle=B")
     folder, config = read_bundle(path, verify=False)  # hashes are checked when the weights are read
     if config.identity != package.config.bundle["identity"]:
         raise RecipeError(f"{folder} is not the bundle that the package was made from; give that: bundle=B")
     return folder
+
+
+def _part(value: object) -> dict[str, Any]:
+    """A part of a lineage, which a file can say anything in."""
+    return value if isinstance(value, dict) else {}
 
 
 def _check_comparable(package: Package) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -34,6 +34,8 @@ MODEL = "model.onnx"
 REFERENCE = "reference.safetensors"
 PARITY = "parity.json"
 FORMAT = "tldist.package/1"
+
+T = TypeVar("T")
 
 Input = Literal["fixed", "dynamic", "picture"]
 """What the graph takes, uint8 (batch, H, W, 3): images of the one size that the preprocessing makes; of any
@@ -170,7 +172,7 @@ class Package:
         """
         folder = Path(path)
         config = read_package(folder, verify=verify)
-        most = _max_cpu_nodes(config) if max_cpu_nodes is None else max_cpu_nodes
+        most = _of_profile(config, "max_cpu_nodes", int, 0) if max_cpu_nodes is None else max_cpu_nodes
         how = Settings(threads, spinning, optimization, tuple(cuda_graphs), most)
         session = open_graph(folder, config, provider=provider, settings=how)
         problems = graph_problems(session, config) if verify else []
@@ -201,7 +203,7 @@ class Package:
             PackageError: an answer differs by more than the profile allows: which output, and by how much.
         """
         reference = read_reference(self.path / REFERENCE)
-        tolerances = self.config.profile.get("tolerances", {})
+        tolerances = _of_profile(self.config, "tolerances", dict, {})
         problems = selftest.find_problems(
             self.session, reference, tolerances, samples, self.config.temperature
         )
@@ -297,13 +299,18 @@ def open_graph(
     """Load a package's graph on a provider: the one that is given, else the profile's with its options."""
     own = str(config.profile.get("provider", CPU))
     chosen = provider or own
-    options = config.profile.get("provider_options") if chosen == own else None
-    how = settings or Settings(threads=threads, max_cpu_nodes=_max_cpu_nodes(config))
-    return open_session(folder / MODEL, provider=chosen, provider_options=options, settings=how)
+    options = _of_profile(config, "provider_options", dict, {}) if chosen == own else {}
+    texts = {str(name): str(value) for name, value in options.items()}
+    how = settings or Settings(threads=threads, max_cpu_nodes=_of_profile(config, "max_cpu_nodes", int, 0))
+    return open_session(folder / MODEL, provider=chosen, provider_options=texts, settings=how)
 
 
-def _max_cpu_nodes(config: PackageConfig) -> int:
-    return int(config.profile.get("max_cpu_nodes", 0))
+def _of_profile(config: PackageConfig, name: str, kind: type[T], default: T) -> T:
+    """A value of the stored profile; of another type than it should be, a `PackageError`."""
+    value = config.profile.get(name, default)
+    if not isinstance(value, kind):
+        raise PackageError(f"{CONFIG}: the profile's {name} is {value!r}, expected {kind.__name__}.")
+    return value
 
 
 def file_problems(folder: Path, files: Mapping[str, str]) -> list[str]:

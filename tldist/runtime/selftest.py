@@ -1,4 +1,4 @@
-"""The self-test of an opened package: does this machine compute what was certified?"""
+"""The self-test of an opened package: whether this machine computes what was certified."""
 
 from __future__ import annotations
 
