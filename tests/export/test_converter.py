@@ -193,7 +193,7 @@ def test_convert__inner_layers_pooled_and_scaled(pool: str) -> None:
     model = made(free_cnn)
     outputs = ("logits", "probabilities", "features", "features.1", "features.3", "features.7")
     graph = graph_of(model, outputs, temperature=1.7, pool=pool, l2=True)
-    converted = convert(graph, None, "torchscript" if pool != "gem" else "dynamo")
+    converted = convert(graph, None, "torchscript")
     images = natural_images(2, 40, 40, seed=3)
     found = run(converted.proto, images)
     assert list(found) == list(outputs)

@@ -74,3 +74,11 @@ def test_table__goes_on_after_the_rows_that_are_there(
     assert "- `resnet152`: ResNet cannot" in page
     assert page.index("## Height and width free") > page.index("resnet152")
     assert len((tmp_path / "rows").read_text().splitlines()) == len(rows)
+
+
+def test_table__no_head_is_zero_and_batchnorm_knows_its_pictures(table: ModuleType) -> None:
+    assert table.find_head(table.lively("vit_b_32", 224))[1].weight.any()
+    model = table.lively("resnet18", 64)
+    assert not model.training
+    assert model.bn1.num_batches_tracked == 1
+    assert not model.bn1.running_mean.eq(0).any()

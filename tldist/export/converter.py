@@ -86,7 +86,7 @@ def by_torchscript(graph: ExportGraph, opset: int | None) -> onnx.ModelProto:
     """Export what a run with an example traces: deprecated, but it knows operators that dynamo does not."""
     free = {0: "batch", 1: "height", 2: "width"} if graph.input == "dynamic" else {0: "batch"}
     with tempfile.TemporaryDirectory(prefix="tldist-") as folder:
-        path = Path(folder) / MODEL  # a file, not memory: beyond 2 GiB it writes the weights beside it
+        path = str(Path(folder) / MODEL)  # not memory, nor a Path: only so it takes more than 2 GiB
         torch.onnx.export(
             graph,
             (graph.example(),),
