@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from tldist.errors import CheckFailed
 from tldist.process import core_count
 from tldist.runtime.decode import BadImage
 from tldist.runtime.package import Package, PackageConfig
@@ -104,17 +103,15 @@ class Service:
 
 
 def load(recipe: ServeRecipe) -> Package:
-    """Open a package, its hashes checked, and run it once at the smallest and the largest batch size.
+    """Open a package: its hashes checked, its self-test passed, warm at the smallest and the largest batch.
 
     Raises:
-        TldistError: damaged, or it does not run here.
-        CheckFailed: it does not give finite values.
+        TldistError: damaged, it does not run here, or it computes something else here.
     """
-    package = Package.open(recipe.package, threads=recipe.threads, provider=recipe.provider)
-    how = package.config.preprocessing
-    for size in sorted({1, recipe.max_batch}):
-        outputs = package.run(np.full((size, how.height, how.width, 3), 127, np.uint8))
-        for name, values in outputs.items():
-            if not np.isfinite(values).all():
-                raise CheckFailed(f"{recipe.package}: the output '{name}' is not finite for a grey picture.")
-    return package
+    return Package.open(
+        recipe.package,
+        threads=recipe.threads,
+        spinning=False,  # decoding needs the cores too
+        provider=recipe.provider,
+        warm_up=sorted({1, recipe.max_batch}),
+    )

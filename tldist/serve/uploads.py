@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from tldist.runtime.decode import BadImage, open_image
 from tldist.runtime.package import PackageConfig
-from tldist.runtime.preprocess import prepare_picture, prepare
+from tldist.runtime.preprocess import prepare, prepare_picture
 from tldist.serve.recipe import ServeRecipe
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,7 +17,6 @@ from tldist.export.precision.half import HalfKind
 from tldist.export.precision.integer_forms import with_plain_swish, with_pooling
 from tldist.export.precision.integer_input import with_integer_input
 from tldist.export.precision.quantize import Plan, calibrate, quantizable, quantize, warn_about_saturation
-from tldist.export.precision.running import observe
 from tldist.export.precision.steps import GAIN, Judge, Recorder, Step, ratio, unmeasured
 from tldist.export.profile import Profile
 from tldist.export.samples import extreme_images
