@@ -57,9 +57,9 @@ class ExportRecipe(Recipe):
     profile's provider here; or none. The profile's precision is always kept."""
     data: DataRecipe | None = None
     """A domain to take real samples from, for parity; none: generated pictures take their place."""
-    samples: int = Field(default=16, ge=1, le=256)
-    """How many pictures of the domain are compared, and stored in the package so that parity can be checked
-    again where it serves."""
+    samples: int = Field(default=16, ge=1, le=4096)
+    """How many pictures of the domain are compared. At most 16 of them are stored in the package, so that
+    parity can be checked again where it serves."""
     trust_code: Free[bool] = False
     """Run code that the bundle names (package.module:function)."""
 
