@@ -16,10 +16,11 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.support_export import write_bundle_of
 from tldist.export.bisect import bisect
 from tldist.export.converter import ExportGraph, load_graph
+from tldist.export.dataflow import module_of
 from tldist.export.departure import Departure
 from tldist.export.natural import natural_images
 from tldist.export.onnx_values import Graph, run_values
-from tldist.export.program import Program, export_by_torchscript, record
+from tldist.export.program import Program, export_by_torchscript, record, values_of
 from tldist.runtime.session import open_session
 
 IMAGES = natural_images(1, 40, 40)
@@ -261,3 +262,37 @@ def test_run_values__are_those_of_the_graph_cut_there(proto: onnx.ModelProto) ->
     np.testing.assert_allclose(found["relu_1"], expected, rtol=1e-5, atol=1e-6)
     assert proto.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
     assert [value.name for value in proto.graph.output] == ["logits", "probabilities"]  # left as it was
+
+
+def test_values_of__are_pytorchs_in_float64(graph: ExportGraph, program: Program) -> None:
+    found = values_of(program, graph.outputs, IMAGES, ["relu", "add_50"])
+    assert set(found) == {"relu", "add_50", "logits", "probabilities"}
+    exact = copy.deepcopy(graph).double()
+    kept: list[torch.Tensor] = []
+    exact.model.act.register_forward_hook(lambda _module, _inputs, value: kept.append(value))
+    with torch.no_grad():
+        logits, _ = exact(torch.from_numpy(IMAGES))
+    # Mean and deviation were recorded as float32; all arithmetic on them is float64.
+    np.testing.assert_allclose(found["relu"].exact, kept[0].numpy(), rtol=0, atol=3e-7)
+    np.testing.assert_allclose(found["logits"].exact, logits.numpy(), rtol=0, atol=3e-7)
+    assert (found["relu"].exact != found["relu"].exact.astype(np.float32)).any()
+    assert 1e-9 < found["logits"].own_error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "scopes", "module"),
+    [
+        ("/model/layer1/layer1.0/conv1/Conv", "", "model.layer1.0.conv1"),
+        ("/model/features/features.3/features.3.0/Conv", "", "model.features.3.0"),
+        ("node_Conv_3", "['', 'model', 'model.stem', 'conv2d']", "model.stem"),
+        ("node_Conv_3", "", ""),
+        ("node_Conv_3", "__import__('os')", ""),
+        ("node_Conv_3", "[", ""),
+        ("node_Conv_3", "3", ""),
+    ],
+)
+def test_module_of__reads_both_exporters_notes(name: str, scopes: str, module: str) -> None:
+    node = helper.make_node("Conv", ["x"], ["y"], name)
+    if scopes:
+        node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    assert module_of(node) == module

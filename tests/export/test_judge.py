@@ -80,6 +80,16 @@ def test_judge__images_of_other_sizes_run_alone_and_together(tmp_path: Path) -> 
     assert "other samples" in judge(session, shifted(reference, -1), TOLERANCES)[0].faults[0]
 
 
+def test_answers_alone__are_in_the_order_of_the_samples(tmp_path: Path) -> None:
+    """Images run size by size, and sizes come in turns."""
+    random = np.random.default_rng(0)
+    shapes = [(4, 9), (7, 3), (4, 9), (7, 3), (5, 5)]
+    pictures = tuple(random.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes)
+    samples = Samples(np.zeros((1, 6, 5, 3), np.uint8), (("real", 6),), tuple("abcdef"), pictures)
+    expected = np.stack([image.mean((0, 1)) / 255 for image in [*samples.images, *pictures]])
+    np.testing.assert_allclose(answers_alone(session_of(tmp_path), samples)["logits"], expected, atol=1e-6)
+
+
 def test_judge__graph_that_mixes_the_images_of_a_batch_fails(tmp_path: Path) -> None:
     session, reference = session_of(tmp_path, ACROSS), reference_of(4)
     alone = answers_alone(session, reference.samples)

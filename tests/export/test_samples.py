@@ -141,6 +141,8 @@ def test_thin__keeps_extremes_and_spreads_over_the_pictures() -> None:
         assert values["logits"][:, 0].tolist() == kept
     assert part.samples.ids == tuple(map(str, kept))
     assert thin(part).samples.ids == part.samples.ids
+    few = dict(thin(part, most=2).samples.groups)
+    assert few == {"real": 2, "black": 1, "white": 1, "noise": 5}
 
 
 def test_thin__large_pictures_stop_at_their_bytes() -> None:

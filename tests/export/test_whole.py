@@ -131,6 +131,8 @@ def test_parity__resize_that_is_off_fails_though_the_network_is_right(
     assert not outcome.passed
     assert "grey levels off, 1 is allowed" in outcome.text
     assert all(part["passed"] for part in outcome.values["outputs"])
+    groups = [group for part in outcome.values["outputs"] for group in part["groups"]]
+    assert {group["source"] for group in groups} == {"profile"}  # PyTorch saw the graph's own pixels
     assert outcome.values["departure"] is None
 
 

@@ -8,7 +8,7 @@ that departs is named. A graph of the TorchScript exporter is compared with a fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -34,7 +34,7 @@ from tldist.export.program import (
     values_of,
 )
 from tldist.progress import warn
-from tldist.runtime.session import Session
+from tldist.runtime.session import CPU, Session
 
 NODE_TOLERANCE = 1e-5
 """Relative error at which a value of a float32 graph departs, where PyTorch's own error is smaller."""
@@ -66,15 +66,26 @@ def bisect(
     """
     package = Graph.open(model)
     # A graph that resizes pictures: its network is given what it makes of them.
+    provider = session.provider if session else CPU
     pictures = FITTED in package.values()
-    pixels = run_values(package, [FITTED], images)[FITTED] if pictures else images
+    pixels = _run(package, [FITTED], images, provider)[FITTED] if pictures else images
     fresh, expected, departure = _ask_pytorch(graph, package, pixels, tolerance, program)
     if departure is None:
-        found = run_values(package, expected, images)
+        found = _run(package, expected, images, provider)
         departure = _graph_departure(package, fresh, expected, found, tolerance)
     if departure is None and session is not None:
         departure = _session_departure(package, expected, images, tolerance, session)
     return departure
+
+
+def _run(package: Graph, names: Collection[str], images: np.ndarray, provider: str) -> dict[str, np.ndarray]:
+    """The values of a graph without optimisation: on the CPU, or where its types are not made for one."""
+    try:
+        return run_values(package, names, images)
+    except Exception:  # ONNX Runtime's own classes have no common base: no bfloat16 on the CPU, for one
+        if provider == CPU:
+            raise
+        return run_values(package, names, images, provider=provider)
 
 
 def _ask_pytorch(
@@ -178,7 +189,7 @@ def _session_departure(
             )
             return replace(
                 departure,
-                why=f"without optimisation on the CPU it agrees; from {where} {session.provider} it departs",
+                why=f"without optimisation it agrees; from {where} {session.provider} it departs",
             )
     return None
 
