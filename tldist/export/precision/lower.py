@@ -29,6 +29,8 @@ Optimize = Literal["all", "measured", "none"]
 
 _SEEN = 4
 """Pictures on which two graphs are run side by side, all values inside them in memory."""
+_RANKED = 16
+"""Pictures on which the roundings of int8 are ranked."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,7 @@ def _half(proto: onnx.ModelProto, recorder: Recorder, kind: HalfKind) -> onnx.Mo
         recorder.judge,
         seen,
         keep=dict.fromkeys(profile.keep_fp32, "the profile says so"),
-        provider=profile.provider,
-        options=profile.provider_options,
+        watch=partial(observe, provider=profile.provider, options=profile.provider_options),
     )
     half = found.half
     what = f"{half.lowered} nodes and {half.weights:,} weights from float32 to {kind}"
@@ -206,7 +207,7 @@ def _exclude(plan: Plan, made: onnx.ModelProto, recorder: Recorder) -> onnx.Mode
             return f"cosine {near.cosine:.5f} to float32, at least {least} expected"
         return next(iter(recorder.judge(proto)), "")
 
-    found = within_budget(plan, within, recorder.judged[:_SEEN])
+    found = within_budget(plan, within, recorder.judged[:_RANKED])
     if found.names:
         what = f"{_listed(found.names)} back to float32, because {found.first} ({found.tried} graphs tried)"
         recorder.add("float32 layers", what, made, found.proto)
