@@ -1,4 +1,4 @@
-"""A small network written in ONNX, with all that int8 and half precision meet, and weaknesses to plant in it."""
+"""A small network written in ONNX, with all that int8 and half precision meet, and ways to run it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,16 @@ class Net:
         self.nodes.append(helper.make_node(op, list(inputs), [f"{name}.out"], name, **attributes))
         return f"{name}.out"
 
-    def conv(self, value: str, before: int, after: int, size: int = 1, name: str | None = None, group: int = 1,
-             stride: int = 1) -> str:  # fmt: skip
+    def conv(
+        self,
+        value: str,
+        before: int,
+        after: int,
+        size: int = 1,
+        name: str | None = None,
+        group: int = 1,
+        stride: int = 1,
+    ) -> str:
         fan = before // group * size**2
         weight = self.random.normal(0, np.sqrt(2 / fan), (after, before // group, size, size))
         bias = self.random.normal(0, 0.1, after)

@@ -1,4 +1,4 @@
-"""Fixtures of the precision tests: one small network that was fitted, and what ONNX Runtime answers with it."""
+"""Fixtures of the precision tests: one small network that was fitted, and its answers."""
 
 from __future__ import annotations
 

@@ -82,9 +82,9 @@ def with_integer_gates(proto: onnx.ModelProto) -> tuple[onnx.ModelProto, int]:
     ]
     if not gates:
         return changed, 0
-    one = add_constant(changed, "gate.one", np.array(255, np.uint8))
-    zero = add_constant(changed, "gate.zero", np.array(0, np.uint8))
-    step = add_constant(changed, "gate.step", np.array(1 / 255, np.float32))
+    one = add_constant(changed, "gates.one", np.array(255, np.uint8))
+    zero = add_constant(changed, "gates.zero", np.array(0, np.uint8))
+    step = add_constant(changed, "gates.step", np.array(1 / 255, np.float32))
     replaced: dict[str, list[onnx.NodeProto]] = {}
     for node in gates:
         replaced[node.name] = _integer_gate(changed, node, made_by[node.input[0]], one, zero)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ from tldist.export.precision.half import HalfKind
 from tldist.export.precision.integer_forms import with_plain_swish, with_pooling
 from tldist.export.precision.integer_input import with_integer_input
 from tldist.export.precision.quantize import Plan, calibrate, quantizable, quantize, warn_about_saturation
+from tldist.export.precision.running import observe
 from tldist.export.precision.steps import GAIN, Judge, Recorder, Step, ratio, unmeasured
 from tldist.export.profile import Profile
 from tldist.export.samples import extreme_images
@@ -27,6 +29,8 @@ Optimize = Literal["all", "measured", "none"]
 
 _SEEN = 4
 """Pictures on which two graphs are run side by side, all values inside them in memory."""
+_RANKED = 16
+"""Pictures on which the roundings of int8 are ranked."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,7 @@ def _half(proto: onnx.ModelProto, recorder: Recorder, kind: HalfKind) -> onnx.Mo
         recorder.judge,
         seen,
         keep=dict.fromkeys(profile.keep_fp32, "the profile says so"),
-        provider=profile.provider,
-        options=profile.provider_options,
+        watch=partial(observe, provider=profile.provider, options=profile.provider_options),
     )
     half = found.half
     what = f"{half.lowered} nodes and {half.weights:,} weights from float32 to {kind}"
@@ -204,7 +207,7 @@ def _exclude(plan: Plan, made: onnx.ModelProto, recorder: Recorder) -> onnx.Mode
             return f"cosine {near.cosine:.5f} to float32, at least {least} expected"
         return next(iter(recorder.judge(proto)), "")
 
-    found = within_budget(plan, within, recorder.judged[:_SEEN])
+    found = within_budget(plan, within, recorder.judged[:_RANKED])
     if found.names:
         what = f"{_listed(found.names)} back to float32, because {found.first} ({found.tried} graphs tried)"
         recorder.add("float32 layers", what, made, found.proto)

@@ -19,11 +19,23 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, create_calibrator
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-from tldist.export.precision.graphs import WEIGHTED, checked, consumers, copy_of, front_nodes, set_nodes
+from tldist.export.precision.graphs import (
+    WEIGHTED,
+    add_constant,
+    attribute,
+    checked,
+    consumers,
+    copy_of,
+    front_nodes,
+    initializers,
+    producers,
+    set_nodes,
+)
 from tldist.export.precision.integer_forms import with_integer_gates
 from tldist.export.precision.integer_input import PIXELS, PREFIX, SHIFTED, IntegerInput
 from tldist.export.profile import Quantization
@@ -40,6 +52,7 @@ BETWEEN = (
     *("MaxPool", "AveragePool", "GlobalAveragePool", "Reshape", "Transpose", "Flatten", "Squeeze"),
 )
 """What is quantised between convolutions, so that values stay int8 from one to the next."""
+_REQUANTIZED = ("Conv", "ConvTranspose", "Gemm")
 TENSORRT = "TensorrtExecutionProvider"
 
 _TYPES = {"uint8": QuantType.QUInt8, "int8": QuantType.QInt8}
@@ -120,12 +133,13 @@ def calibrate(proto: onnx.ModelProto, how: Quantization, images: np.ndarray) -> 
         return calibrator.compute_data()
 
 
-def quantize(plan: Plan, exclude: frozenset[str] = frozenset()) -> onnx.ModelProto:
+def quantize(plan: Plan, exclude: frozenset[str] = frozenset(), *, explicit: bool = False) -> onnx.ModelProto:
     """The int8 graph.
 
     Args:
         plan: what is quantised, and how.
         exclude: names of nodes that stay float32, beside those of the profile and the normalisation.
+        explicit: leave Relu, Clip and hard-sigmoids in the graph as they are: to look at, not to ship.
 
     Raises:
         ModelError: the quantiser wrote a graph that is not valid.
@@ -137,6 +151,7 @@ def quantize(plan: Plan, exclude: frozenset[str] = frozenset()) -> onnx.ModelPro
         # Logits of 256 levels would tie; the last product gives float32, and its kernel does so for nothing.
         "OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"],
         "ActivationSymmetric": how.activation == "int8",
+        "QDQKeepRemovableActivations": explicit,
     }
     if plan.provider == TENSORRT:  # it wants a pair of its own at every weight and reader, and float32 biases
         options |= {"AddQDQPairToWeight": True, "DedicatedQDQPair": True, "QuantizeBias": False}
@@ -164,8 +179,8 @@ def quantize(plan: Plan, exclude: frozenset[str] = frozenset()) -> onnx.ModelPro
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
-    made = _without_second_rounding(quantizer.model.model)
-    if plan.gates:
+    made = _with_float_weights_kept(_without_second_rounding(quantizer.model.model))
+    if plan.gates and not explicit:
         made, _ = with_integer_gates(made)
     del made.metadata_props[:]
     made.metadata_props.extend(plan.proto.metadata_props)
@@ -213,6 +228,42 @@ def _without_second_rounding(proto: onnx.ModelProto) -> onnx.ModelProto:
                 node.input[at] = PIXELS
     set_nodes(proto, list(proto.graph.node))
     return proto
+
+
+def _with_float_weights_kept(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """What was left in float32 stays so when ONNX Runtime loads it.
+
+    Its optimiser (WeightBiasQuantization, seen in 1.31) rounds the float32 weights of a convolution between
+    DequantizeLinear and QuantizeLinear to int8, with one scale for all channels: worse than what was left
+    out. It looks for an input with a single scale; so these nodes get a DequantizeLinear of their own, with
+    the same scale once a channel.
+    """
+    made_by, constants = producers(proto), initializers(proto)
+    nodes: list[onnx.NodeProto] = []
+    for node in proto.graph.node:
+        source = made_by.get(node.input[0]) if node.op_type in _REQUANTIZED else None
+        if source is not None and source.op_type == "DequantizeLinear" and node.input[1] in constants:
+            name, count = f"{node.name}.input", _input_channels(node, constants[node.input[1]])
+            values = [numpy_helper.to_array(constants[one]) for one in source.input[1:3]]
+            tiled = [
+                add_constant(proto, f"{name}.{what}", np.full(count, value, value.dtype))
+                for what, value in zip(("scale", "zero"), values)
+            ]
+            inputs = [source.input[0], *tiled]
+            nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}.value"], name, axis=1))
+            node.input[0] = f"{name}.value"
+        nodes.append(node)
+    set_nodes(proto, nodes)
+    return proto
+
+
+def _input_channels(node: onnx.NodeProto, weight: onnx.TensorProto) -> int:
+    """The size of axis 1 of what a node with this weight reads."""
+    if node.op_type == "Gemm":
+        return int(weight.dims[1 if attribute(node, "transB", 0) else 0])
+    group = attribute(node, "group", 1)
+    assert isinstance(group, int)
+    return int(weight.dims[0] if node.op_type == "ConvTranspose" else weight.dims[1] * group)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from tldist.progress import progress_bar
 
@@ -48,13 +48,14 @@ def pruned(chosen: Sequence[str], accept: Accept, most: int = 24) -> tuple[str, 
 
 
 def told(accept: Accept, label: str) -> Accept:
-    """The same question, each one counted on a progress bar."""
+    """The same question, asked once for each set, with a line of progress."""
+    known: dict[frozenset[str], bool] = {}
 
-    def asked(names: Iterable[str]) -> bool:
-        chosen = frozenset(names)
-        with progress_bar(1, "trial", f"{label}, {len(chosen)} in float32", keep=False) as bar:
-            answer = accept(chosen)
-            bar.update(1)
-        return answer
+    def asked(names: frozenset[str]) -> bool:
+        if names not in known:
+            with progress_bar(1, "trial", f"{label}: without {len(names)}", keep=False) as bar:
+                known[names] = accept(names)
+                bar.update(1)
+        return known[names]
 
     return asked
