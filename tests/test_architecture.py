@@ -48,6 +48,7 @@ TORCH_FREE_ROOMS = (
 )
 NEED_TORCH = {
     "tldist.embed.torch_engine": "embeds with a bundle",
+    "tldist.export.answers": "asks the bundle",
     "tldist.export.bisect": "runs the module operation by operation",
     "tldist.export.converter": "traces the module that it converts",
     "tldist.export.parity_torch": "asks the bundle",

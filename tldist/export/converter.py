@@ -74,27 +74,21 @@ def load_graph(
     return graph.eval(), config
 
 
-def answer(graph: ExportGraph, samples: Samples, *, referee: bool = True) -> Reference:
-    """PyTorch's answers to the samples, in float32 and, as the ``referee``, in float64."""
-    expected = _forward(graph, samples)
-    exact: dict[str, np.ndarray] = {}
+def answer(graph: ExportGraph, samples: Samples) -> Reference:
+    """PyTorch's answers to the samples, in float32 and, as the referee, in float64."""
+    expected = _forward(graph, samples.images)
     try:
-        exact = {} if not referee else _forward(copy.deepcopy(graph).double(), samples)
+        referee = _forward(copy.deepcopy(graph).double(), samples.images)
     except RuntimeError as error:  # code of one's own may insist on float32
         warn(f"the model does not run in float64, so parity has no referee: {str(error).splitlines()[0]}")
-    return Reference(samples, {name: values.astype(np.float32) for name, values in expected.items()}, exact)
+        referee = {}
+    return Reference(samples, {name: values.astype(np.float32) for name, values in expected.items()}, referee)
 
 
 @torch.no_grad()
-def _forward(graph: ExportGraph, samples: Samples) -> dict[str, np.ndarray]:
-    """(N, D) of each output: images of one size run together, and the rows go back to their places."""
-    rows, parts = [], []
-    for places, images in samples.by_size():
-        rows.append(places)
-        parts += [graph(torch.from_numpy(images[at : at + _BATCH])) for at in range(0, len(images), _BATCH)]
-    order = np.argsort(np.concatenate(rows))
-    outputs = enumerate(graph.outputs)
-    return {name: torch.cat([part[i] for part in parts]).numpy()[order] for i, name in outputs}
+def _forward(graph: ExportGraph, images: np.ndarray) -> dict[str, np.ndarray]:
+    parts = [graph(torch.from_numpy(images[at : at + _BATCH])) for at in range(0, len(images), _BATCH)]
+    return {name: torch.cat([part[i] for part in parts]).numpy() for i, name in enumerate(graph.outputs)}
 
 
 def convert(graph: ExportGraph, opset: int | None) -> onnx.ModelProto:

@@ -51,11 +51,12 @@ def run(recipe: ExportRecipe) -> Outcome:
     outputs = _outputs(recipe, bundle)
     with needs("train"):  # the package's other modules run without torch, and so does `tldist parity PACKAGE`
         from tldist.export import converter
+        from tldist.export.answers import answer
     require_provider(profile.provider, profile.provider_options)
     graph, _ = converter.load_graph(folder, outputs, trust_code=recipe.trust_code, verify=False)
     _show_plan(recipe, profile, folder, bundle, outputs)
 
-    reference = converter.answer(graph, gather_samples(recipe.data, recipe.samples, bundle.preprocessing))
+    reference = answer(graph, gather_samples(recipe.data, recipe.samples, bundle.preprocessing))
     start = time.monotonic()
     proto = converter.convert(graph, profile.opset)
     say(f"converted to {len(proto.graph.node)} nodes in {time.monotonic() - start:.1f} s")
