@@ -31,8 +31,11 @@ from torch import nn
 from torchvision.models import get_model_weights
 
 from tldist.errors import TldistError
+from tldist.export.answers import answer
 from tldist.export.compare import SLACK, relative_error
-from tldist.export.converter import ExportGraph, answer, convert, save
+from tldist.export.converter import convert
+from tldist.export.graph import ExportGraph
+from tldist.export.onnx_file import save
 from tldist.export.profile import find_profile
 from tldist.export.samples import extreme_images, natural_images
 from tldist.models.heads import find_head

@@ -53,6 +53,7 @@ NEED_TORCH = {
     "tldist.export.graph": "is the module that is converted",
     "tldist.export.conversion_check": "asks the module that was converted",
     "tldist.bench.torch_variants": "runs the bundle beside the package",
+    "tldist.export.answers": "asks the bundle",
     "tldist.export.bisect": "runs the module operation by operation",
     "tldist.export.converter": "traces the module that it converts",
     "tldist.export.making": "puts the parts of an export together",

@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests.support_export import write_bundle_of
 from tldist.export.bisect import bisect
-from tldist.export.converter import ExportGraph, load_graph
 from tldist.export.dataflow import module_of
 from tldist.export.departure import Departure
+from tldist.export.graph import ExportGraph, load_graph
 from tldist.export.natural import natural_images
 from tldist.export.onnx_values import Graph, run_values
 from tldist.export.program import Program, export_by_torchscript, record, values_of
@@ -145,7 +145,37 @@ def test_bisect__attribute_that_differs_is_named(
 
     departure = found_at(graph, program, changed(proto, shift))
     assert departure.op == "Conv"
-    assert "'pads': '[1, 1, 1, 1]'" in departure.why
+    assert "has the attributes {'pads': '[1, 1, 1, 1]'}" in departure.why
+
+
+def test_bisect__attribute_left_to_its_default_is_no_difference(
+    graph: ExportGraph, program: Program, proto: onnx.ModelProto
+) -> None:
+    def shorten(wrong: onnx.ModelProto) -> None:
+        set_weight("model.fc.weight", (1, 1), 5.0)(wrong)
+        gemm = next(node for node in wrong.graph.node if "logits" in node.output)
+        kept = [entry for entry in gemm.attribute if entry.name == "transB"]
+        del gemm.attribute[:]
+        gemm.attribute.extend(kept)
+
+    assert "'model.fc.weight' differs" in found_at(graph, program, changed(proto, shorten)).why
+
+
+def test_bisect__graph_of_neither_exporter_is_named_by_its_output(
+    graph: ExportGraph, program: Program, proto: onnx.ModelProto
+) -> None:
+    def rename(wrong: onnx.ModelProto) -> None:
+        set_weight("model.fc.weight", (1, 1), 5.0)(wrong)
+        names = {name: f"my_{name}" for node in wrong.graph.node for name in node.output}
+        names |= {"logits": "logits", "probabilities": "probabilities"}
+        for node in wrong.graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+            node.output[:] = [names[name] for name in node.output]
+
+    departure = found_at(graph, program, changed(proto, rename))
+    assert (departure.value, departure.agrees, departure.why) == ("logits", "", "")
+    assert len(departure.between) == 12
+    assert "and 7 more" in departure.to_text()
 
 
 def test_bisect__what_lies_between_is_named_where_names_are_gone(

@@ -19,7 +19,7 @@ from tldist import api
 from tldist.bundle import BundleConfig, read_bundle
 from tldist.cli import main
 from tldist.errors import CheckFailed, MachineError, ModelError, PackageError, RecipeError
-from tldist.export.converter import ExportGraph
+from tldist.export.graph import ExportGraph
 from tldist.models.load import input_tensor, save_bundle, start_model
 from tldist.models.zoo import build_network, describe_network
 from tldist.runtime.package import Package

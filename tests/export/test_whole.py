@@ -14,8 +14,9 @@ from PIL import Image
 from tests.support_export import SMALL, damage, edit_record
 from tldist import api
 from tldist.errors import PackageError
+from tldist.export.answers import answer
 from tldist.export.bisect import bisect
-from tldist.export.converter import answer, load_graph
+from tldist.export.graph import load_graph
 from tldist.export.natural import extreme_images, natural_images
 from tldist.export.whole import answer_pictures
 from tldist.files import sha256_file

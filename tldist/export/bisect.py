@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 import torch
 
-from tldist.export.converter import ExportGraph
 from tldist.export.dataflow import Dataflow, module_of
 from tldist.export.departure import Departure, finite
+from tldist.export.graph import ExportGraph
 from tldist.export.groups import SLACK
 from tldist.export.onnx_values import FITTED, LEVELS, Graph, find_difference, run_at, run_values
 from tldist.export.program import (
@@ -90,9 +90,9 @@ def _run(package: Graph, names: Collection[str], images: np.ndarray, provider: s
 
 def _ask_pytorch(
     graph: ExportGraph, package: Graph, images: np.ndarray, tolerance: float, program: Program | None
-) -> tuple[Graph, dict[str, Value], Departure | None]:
+) -> tuple[Graph | None, dict[str, Value], Departure | None]:
     """A fresh export, the values that the package should have, and whether the program itself departs."""
-    wanted = package.values()
+    wanted = package.values_of_network()
     try:
         program = program or record(graph, package.proto, images)
     except Exception as error:  # whatever the exporter raises, the other one is left
@@ -105,7 +105,8 @@ def _ask_pytorch(
     fresh = Graph(export_by_torchscript(graph, package.proto, images))
     values = run_values(fresh, set(fresh.values()) & set(wanted), images)
     expected = {name: Value(value.astype(np.float64), 0.0) for name, value in values.items()}
-    return fresh, expected, None
+    # A graph of neither exporter can be compared at its outputs; its nodes have nothing to be compared with.
+    return fresh if len(expected) >= _SHARE * len(wanted) else None, expected, None
 
 
 def _program_departure(
@@ -134,14 +135,14 @@ def _program_departure(
 
 def _graph_departure(
     package: Graph,
-    fresh: Graph,
+    fresh: Graph | None,
     expected: Mapping[str, Value],
     found: Mapping[str, np.ndarray],
     tolerance: float,
 ) -> Departure | None:
     """The first value of the ONNX graph that departs, and the node that computes it."""
     flow = Dataflow(package.proto)
-    known = [name for name in package.values() if _comparable(expected.get(name), found.get(name))]
+    known = [name for name in package.values_of_network() if _comparable(expected.get(name), found.get(name))]
     wrong = [name for name in known if _departs(expected[name], found[name], tolerance)]
     outputs = {value.name for value in package.proto.graph.output}
     if not outputs.intersection(wrong):
@@ -156,7 +157,7 @@ def _graph_departure(
         departure,
         agrees=before[0] if before else "",
         between=tuple(f"{node.name} ({node.op_type})" for node in between),
-        why=find_difference(package, fresh, [node, *between]),
+        why=find_difference(package, fresh, [node, *between]) if fresh else "",
     )
 
 

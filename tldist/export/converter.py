@@ -21,14 +21,12 @@ import torch
 
 from tldist.errors import CheckFailed, ModelError
 from tldist.export.conversion_check import graph_fault, picture_fault, structure_fault
-from tldist.export.graph import ExportGraph, answer, check_free_size, load_graph
-from tldist.export.onnx_file import opset_of, save, tidy
+from tldist.export.graph import ExportGraph, check_free_size
+from tldist.export.onnx_file import opset_of, tidy
 from tldist.export.picture import take_pictures
 from tldist.runtime.package import MODEL
 from tldist.runtime.preprocess import Preprocessing
 from tldist.runtime.session import INPUT
-
-__all__ = ["EXPORTERS", "Converted", "ExportGraph", "answer", "convert", "load_graph", "save"]
 
 Exporter = Literal["auto", "dynamo", "torchscript"]
 
@@ -153,7 +151,7 @@ def _tried(
 ) -> tuple[onnx.ModelProto | None, str, bool]:
     """What an exporter makes of the module: the graph, its fault, and whether that is about values."""
     try:
-        with _quiet():
+        with quiet():
             proto = export(graph, opset)
     except Exception as error:  # the exporters wrap whatever the module raises
         return None, _reason(error), False
@@ -185,7 +183,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporters tell their story by warnings, logging and print; what counts is in the error."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

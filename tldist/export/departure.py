@@ -67,12 +67,15 @@ class Departure:
         if self.agrees:
             lines.append(f"  the last value before it that agrees: '{self.agrees}'")
         if self.between:
-            lines.append(f"  between the two lie also: {', '.join(self.between)}")
+            shown = ", ".join(self.between[:_SHOWN])
+            more = len(self.between) - _SHOWN
+            lines.append(f"  between the two lie also: {shown}{f' and {more} more' if more > 0 else ''}")
         if self.why:
             lines.append(f"  {self.why}")
         return "\n".join(lines)
 
 
+_SHOWN = 5
 _STAGES = {
     "graph": "first departure",
     "session": "the graph is right, ONNX Runtime's optimisation or provider is not",

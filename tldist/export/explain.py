@@ -14,7 +14,7 @@ from tldist.runtime.reference import Reference
 from tldist.runtime.session import Session
 
 if TYPE_CHECKING:
-    from tldist.export.converter import ExportGraph
+    from tldist.export.graph import ExportGraph
 
 
 def explain(

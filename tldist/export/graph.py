@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,10 +16,8 @@ from tldist.models.heads import Head, tapped
 from tldist.models.load import input_tensor, load_bundle
 from tldist.models.taps import find_taps, pool_features, tapped_layers, unit_length
 from tldist.models.view import View
-from tldist.progress import warn
 from tldist.runtime.package import FEATURES, LOGITS, PROBABILITIES, Input
 from tldist.runtime.preprocess import Preprocessing
-from tldist.runtime.reference import Reference, Samples
 
 INNER = f"{FEATURES}."
 """What stands before the name of an inner layer in the name of its output."""
@@ -127,24 +124,6 @@ def load_graph(
         input=input,
     )
     return graph.eval(), config
-
-
-def answer(graph: ExportGraph, samples: Samples, *, referee: bool = True) -> Reference:
-    """PyTorch's answers to the samples, in float32 and, as the ``referee``, in float64."""
-    expected = _answer_by_size(graph, samples)
-    exact: dict[str, np.ndarray] = {}
-    try:
-        exact = {} if not referee else _answer_by_size(copy.deepcopy(graph).double(), samples)
-    except RuntimeError as error:  # code of one's own may insist on float32
-        warn(f"the model does not run in float64, so parity has no referee: {str(error).splitlines()[0]}")
-    return Reference(samples, {name: values.astype(np.float32) for name, values in expected.items()}, exact)
-
-
-def _answer_by_size(graph: ExportGraph, samples: Samples) -> dict[str, np.ndarray]:
-    """(N, D) of each output: images of one size run together, and the rows go back to their places."""
-    parts = [(rows, run_graph(graph, images)) for rows, images in samples.by_size()]
-    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
-    return {name: np.concatenate([found[name] for _, found in parts])[order] for name in graph.outputs}
 
 
 @torch.no_grad()

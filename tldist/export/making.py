@@ -15,10 +15,11 @@ from tldist import __version__
 from tldist.bundle import WEIGHTS, BundleConfig, parent_record
 from tldist.errors import CheckFailed
 from tldist.export.agreement import Resize
+from tldist.export.answers import answer
 from tldist.export.certificate import certify
 from tldist.export.converter import Converted, convert, resize_inside
 from tldist.export.explain import explain
-from tldist.export.graph import ExportGraph, answer, load_graph
+from tldist.export.graph import ExportGraph, load_graph
 from tldist.export.judge import answers_alone, judge
 from tldist.export.onnx_file import save, written
 from tldist.export.precision.lower import Lowered, lower

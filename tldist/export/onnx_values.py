@@ -47,6 +47,11 @@ class Graph:
         """Names of what its nodes give, in topological order."""
         return [name for node in self.proto.graph.node for name in node.output if name]
 
+    def values_of_network(self) -> list[str]:
+        """The same without what resizes pictures in front of it, which no module computes."""
+        names = self.values()
+        return names[names.index(FITTED) + 1 :] if FITTED in names else names
+
     def weight(self, name: str) -> np.ndarray | None:
         """An initialiser; None where there is none of that name."""
         for tensor in self.proto.graph.initializer:
@@ -97,8 +102,8 @@ def find_difference(graph: Graph, fresh: Graph, nodes: Sequence[onnx.NodeProto])
             continue
         if theirs.op_type != node.op_type:
             return f"in a fresh export '{node.output[0]}' is computed by {theirs.op_type}, not {node.op_type}"
-        if _attributes(theirs) != _attributes(node):
-            return f"in a fresh export {node.op_type} has the attributes {_attributes(theirs)}"
+        if changed := _attributes(theirs).items() - _attributes(node).items():
+            return f"in a fresh export {node.op_type} has the attributes {dict(sorted(changed))}"
         for ours, other in zip(node.input, theirs.input):
             if words := _weight_difference(ours, graph.weight(ours), fresh.weight(other)):
                 return words
@@ -106,8 +111,13 @@ def find_difference(graph: Graph, fresh: Graph, nodes: Sequence[onnx.NodeProto])
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, str]:
-    """As text, without tensors, which may be large."""
-    plain = [entry for entry in node.attribute if not entry.HasField("t")]
+    """As text, defaults included; without tensors, which may be large."""
+    if not onnx.defs.has(node.op_type, node.domain):
+        known = []
+    else:
+        schema = onnx.defs.get_schema(node.op_type, node.domain)
+        known = [value.default_value for value in schema.attributes.values()]
+    plain = [entry for entry in (*known, *node.attribute) if entry.name and not entry.HasField("t")]
     return {entry.name: str(onnx.helper.get_attribute_value(entry)) for entry in plain}
 
 

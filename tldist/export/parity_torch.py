@@ -11,7 +11,8 @@ from tldist.bundle import BundleConfig
 from tldist.domain import DataRecipe
 from tldist.errors import PackageError
 from tldist.export.agreement import Resize
-from tldist.export.converter import ExportGraph, answer, load_graph
+from tldist.export.answers import answer
+from tldist.export.graph import ExportGraph, load_graph
 from tldist.export.samples import gather_samples
 from tldist.export.skew import find_skew
 from tldist.export.whole import answer_pictures

@@ -17,7 +17,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_map
 
-from tldist.export.converter import ExportGraph, _quiet
+from tldist.export.converter import quiet
+from tldist.export.graph import ExportGraph
 from tldist.export.onnx_values import FITTED
 from tldist.runtime.package import MODEL
 from tldist.runtime.session import INPUT
@@ -59,7 +60,7 @@ def record(graph: ExportGraph, like: onnx.ModelProto, images: np.ndarray) -> Pro
     """
     # A batch of 1 would be recorded as a constant.
     example = torch.from_numpy(np.resize(images, (max(2, len(images)), *images.shape[1:])))
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             graph,
             (example,),
@@ -79,7 +80,7 @@ def export_by_torchscript(graph: ExportGraph, like: onnx.ModelProto, images: np.
     """Export afresh by the TorchScript exporter, with the free axes and operator set of another graph."""
     example = torch.from_numpy(np.resize(images, (max(2, len(images)), *images.shape[1:])))
     free = dict(zip(_free_axes(like), ("batch", "height", "width")))
-    with tempfile.TemporaryDirectory(prefix="tldist-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="tldist-") as folder, quiet():
         path = Path(folder) / MODEL  # a file, not memory: beyond 2 GiB it writes the weights beside it
         torch.onnx.export(
             graph,

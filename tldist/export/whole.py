@@ -14,7 +14,8 @@ from PIL import Image
 
 from tldist.errors import PackageError
 from tldist.export.agreement import Resize
-from tldist.export.converter import ExportGraph, answer
+from tldist.export.answers import answer
+from tldist.export.graph import ExportGraph
 from tldist.export.onnx_values import FITTED, LEVELS, Graph, run_values
 from tldist.runtime.preprocess import fit
 from tldist.runtime.reference import Reference, Samples
