@@ -185,6 +185,31 @@ def test_check__finds_each_fault() -> None:
     assert (values, "structure" in fault) == (False, True)
 
 
+class Chaotic(nn.Module):
+    """Multiplies rounding errors until float32 and float64 are a few hundredths apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = made(free_cnn)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        waves: torch.Tensor = (self.net(images) * 2e5).sin()
+        return waves
+
+
+def test_check__a_model_that_disagrees_with_itself_is_no_fault_of_the_graph() -> None:
+    graph = graph_of(Chaotic())
+    images = natural_images(2, 40, 40)
+    narrow = run_graph(graph, images)["logits"]
+    proto = convert(graph, None, "torchscript").proto
+    assert np.abs(run(proto, images)["logits"] - narrow).max() > 2e-3  # more than any right graph may differ
+    assert graph_fault(graph, proto) == ("", False)
+    weight = next(tensor for tensor in proto.graph.initializer if len(tensor.dims) == 4)
+    values = onnx.numpy_helper.to_array(weight) * np.float32(1.1)
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    assert "differs from PyTorch's" in graph_fault(graph, proto)[0]
+
+
 # -- what goes in and comes out ------------------------------------------------------------------------
 
 
