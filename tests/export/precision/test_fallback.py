@@ -52,6 +52,20 @@ def test_nearly_an_overflow__counts_as_one() -> None:
     assert {"middle0", "middle1"} <= set(find_half(proto, "fp16", judge, seen, watch=watch).half.kept)
 
 
+def test_overflow_inside_a_node__is_found() -> None:
+    """A length: what the node reads and gives is within fp16, the squares that it adds up are not."""
+    net = Net()
+    x = net.add("Mul", net.conv(net.normalised(), 3, 4, name="first"), net.constant(300.0), name="large")
+    x = net.add("ReduceL2", x, net.constant([2, 3], np.int64), keepdims=0, name="length")
+    proto, seen = with_names(net.proto(net.add("Mul", x, net.constant(1e-3)))), pictures(8)[0]
+    exact = run_float(proto, seen)
+    assert float(np.abs(exact).max()) * 1e3 < 65504 / 2
+    assert faults(to_half(proto, "fp16").proto, exact, seen) == ["not finite"]
+    found = find_half(proto, "fp16", judge_against(exact, seen, TOLERANCE), seen, watch=watch)
+    assert faults(found.half.proto, exact, seen) == []
+    assert "infinite" in found.half.kept["length"]
+
+
 def test_cancellation__its_nodes_are_found() -> None:
     """x + 2000 - 2000: every value is finite, and fp16 keeps one digit of x."""
     proto, seen = planted(("Add", 2000.0), ("Sub", 2000.0)), pictures(8)[0]

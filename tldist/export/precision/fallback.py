@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,8 +98,11 @@ def _values(proto: onnx.ModelProto) -> list[str]:
     return [name for _, name in float_outputs(proto)]
 
 
-def _reasons(names: Sequence[str] | frozenset[str], ranking: Mapping[str, float]) -> dict[str, str]:
-    return {name: f"the error grows {ranking[name]:.0f}-fold in it" for name in ranking if name in names}
+def _reasons(names: Collection[str], ranking: Mapping[str, float]) -> dict[str, str]:
+    def reason(growth: float) -> str:
+        return f"the error grows {growth:.0f}-fold in it" if np.isfinite(growth) else "NaN or infinite in it"
+
+    return {name: reason(growth) for name, growth in ranking.items() if name in names}
 
 
 def _overflowing(proto: onnx.ModelProto, exact: Mapping[str, np.ndarray], kind: HalfKind) -> dict[str, str]:

@@ -17,7 +17,6 @@ from onnx import helper, numpy_helper
 from tldist.export.precision.graphs import (
     FLOAT,
     add_constant,
-    attribute,
     consumers,
     copy_of,
     opset_of,
@@ -116,7 +115,7 @@ def _nodes(proto: onnx.ModelProto, front: _Front, zero: int, shift: np.ndarray) 
 def _front(proto: onnx.ModelProto) -> _Front | None:
     """The front of a graph, if it is one that can be rewritten."""
     conv = next((node for node in proto.graph.node if node.op_type == "Conv"), None)
-    if conv is None or attribute(conv, "group", 1) != 1:
+    if conv is None:
         return None
     weight = next((t for t in proto.graph.initializer if t.name == conv.input[1]), None)
     if weight is None or list(weight.dims)[1:2] != [3] or len(weight.dims) != 4:
