@@ -54,10 +54,8 @@ def ledoit_wolf_shrinkage(centred: Tensor, covariance: Tensor) -> float:
         covariance: float64 (D, D), divided by N.
     """
     error = centred.square().sum(1).square().mean() - covariance.square().sum()
-    distance = (
-        covariance - covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
-    ).square()
-    spread = distance.sum()
+    identity = torch.eye(len(covariance)).to(covariance)
+    spread = (covariance - covariance.diagonal().mean() * identity).square().sum()
     if error <= 0 or spread <= 0:
         return 0.0 if error <= 0 else 1.0
     return min(1.0, float(error / len(centred) / spread))

@@ -14,7 +14,7 @@ _MOST_ITERATIONS = 500
 _TOLERANCE = 1e-9
 """Relative change of alpha / beta at which the fixed point is reached."""
 _LEAST_NOISE = 1e-12
-"""Of the labels' size: a class that features fit exactly has this much noise, else its evidence is infinite."""
+"""Of the labels' size: the noise of a class that features fit exactly; else its evidence is infinite."""
 
 
 def logme(features: Values, labels: Values) -> float:

@@ -95,9 +95,8 @@ def rank(
     table = {name: _scores_of(backbone, labels, functions) for name, backbone in backbones.items()}
     kept, left_out = complete_scores(table, scores)
     if not kept:
-        raise DomainError(
-            f"the backbones have no score in common: {'; '.join(f'{s}: {why}' for s, why in left_out.items())}."
-        )
+        reasons = "; ".join(f"{score}: {why}" for score, why in left_out.items())
+        raise DomainError(f"the backbones have no score in common: {reasons or 'none was asked for'}.")
     means = mean_ranks(kept)
     placed = {score: ranks(values) for score, values in kept.items()}
     rows = [
