@@ -22,11 +22,13 @@ class PairMethod:
         ridge: the strength of its regularisation where none is asked for; None: it chooses by itself.
         pairs_are: ``samples`` (the same ones in both domains) or ``classes`` (their means: it reads the
             labels of the target).
+        uses_ridge: whether it has a regularisation.
     """
 
     fit: Callable[[PairedMoments, float | None], Maps]
     ridge: float | None = None
     pairs_are: str = "samples"
+    uses_ridge: bool = True
 
 
 def _cca(pairs: PairedMoments, ridge: float | None) -> Maps:
@@ -42,9 +44,9 @@ CCA_RIDGE, CCA_POWER = 0.1, 1.0
 
 METHODS: dict[str, PairMethod] = {
     "ridge": PairMethod(fit_ridge),
-    "procrustes": PairMethod(_procrustes),
+    "procrustes": PairMethod(_procrustes, uses_ridge=False),
     "cca": PairMethod(_cca, ridge=CCA_RIDGE),
-    "anchors": PairMethod(_procrustes, pairs_are="classes"),
+    "anchors": PairMethod(_procrustes, pairs_are="classes", uses_ridge=False),
 }
 """The family of heterogeneous alignments, by the name that ``method=`` takes."""
 

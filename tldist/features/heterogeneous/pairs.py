@@ -118,9 +118,8 @@ def rows_of_pairs(pairs: Pairs, source_indices: np.ndarray, target_indices: np.n
     if not whole.any():
         raise DomainError(f"none of the {len(pairs):,} pairs has features of both its images.")
     if not whole.all():
-        warn(
-            f"{int((~whole).sum()):,} of {len(pairs):,} pairs are left out: an image of theirs has no features"
-        )
+        missing = int((~whole).sum())
+        warn(f"{missing:,} of {len(pairs):,} pairs are left out: an image of theirs has no features")
     return Pairs(rows[0][whole], rows[1][whole])
 
 
@@ -129,9 +128,18 @@ def _read_csv(path: Path) -> list[tuple[str, str]]:
         with path.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream, strict=True)
             _check_columns(path, list(reader.fieldnames or []))
-            return [(row["source"] or "", row["target"] or "") for row in reader]
+            return [(_cell(path, row, "source"), _cell(path, row, "target")) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DomainError(f"pairs={path}: cannot be read as CSV: {error}.") from error
+
+
+def _cell(path: Path, row: dict[str, str], column: str) -> str:
+    if None in row:  # where the csv module keeps cells without a name
+        raise DomainError(
+            f"pairs={path}: a line has more cells than the first line has names: {list(row.values())}. An id "
+            f"with a comma in it needs quotes."
+        )
+    return row[column] or ""
 
 
 def _read_parquet(path: Path) -> list[tuple[str, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def fit_ridge(pairs: PairedMoments, ridge: float | None = None) -> Maps:
     pairs.check_count(3)
     values, vectors, turned = _decompose(pairs)
     unit = float(values.sum()) / len(values)
-    details = {}
+    details: dict[str, Any] = {}
     if ridge is None:
         errors = gcv_errors(pairs, GRID)
         ridge = GRID[int(torch.tensor(errors, dtype=torch.float64).argmin())]
