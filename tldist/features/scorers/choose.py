@@ -1,4 +1,4 @@
-"""The choice among candidates: several scorers combined by rank, never below source-only, never a collapse."""
+"""The choice among candidates: scorers combined by rank, never below source-only, never a collapse."""
 
 from __future__ import annotations
 
