@@ -109,8 +109,12 @@ def draw_domains(
             only of those drawn); no target classes: the target has a colour of its own. Predicted classes
             do as well as labels.
         names: of the domains.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
     """
-    from tldist import pictures  # needs matplotlib, which only drawing does
+    with needs("report"):
+        from tldist import pictures
 
     labels = [source_classes[row] for row in projected.source_rows]
     labels += [names[1] if target_classes is None else target_classes[row] for row in projected.target_rows]

@@ -24,7 +24,7 @@ def fit_cca(
         ridge: this multiple of the mean variance is added to the variances of each side. With fewer pairs
             than dimensions and ridge=0 all correlations are 1, and mean nothing.
         power: both sides are multiplied by the correlations to this power, so that what the models do not
-            share weighs little (eq. 4 of Gong et al., arXiv:1212.4522, who take 4); 0: not.
+            share weighs little (Gong et al., arXiv:1212.4522, who take 4); 0: not.
 
     Returns:
         The maps; ``details`` holds the correlations of the kept dimensions (with a ridge they are smaller).

@@ -22,7 +22,7 @@ def coral_distance(source: Moments, target: Moments) -> float:
 def frechet_distance(source: Moments, target: Moments) -> float:
     """The squared Frechet distance of two Gaussians with these moments.
 
-    ``|m_S - m_T|^2 + tr(C_S + C_T - 2 (C_S C_T)^(1/2))``: Dowson and Landau (1982), eq. 4; on Inception's
+    ``|m_S - m_T|^2 + tr(C_S + C_T - 2 (C_S C_T)^(1/2))``: Dowson and Landau (1982); on Inception's
     features the FID of arXiv:1706.08500. In the square of the features' unit; 0 for equal moments. The
     trace of the root is taken as the nuclear norm of ``C_S^(1/2) C_T^(1/2)``, which stays exact where a
     covariance has no full rank.

@@ -11,7 +11,7 @@ from torch import Tensor
 from tldist.features.arrays import Values, as_features, blocks_of_rows, check_widths
 
 FACTORS = (0.5, 2**-0.5, 1.0, 2**0.5, 2.0)
-"""Bandwidths as multiples of the median distance: squares from a quarter to four times, as in DAN."""
+"""Bandwidths as multiples of the median distance; their squares go from a quarter to four, by twos."""
 
 _MEDIAN_ROWS = 500
 """Rows of each set that the median distance is taken over."""
@@ -47,7 +47,7 @@ def median_bandwidth(source: Values, target: Values) -> float:
 
 
 def several_bandwidths(source: Values, target: Values) -> tuple[float, ...]:
-    """The median distance times `FACTORS`: the kernels of DAN (arXiv:1502.02791)."""
+    """The median distance times `FACTORS`: several kernels at once, as DAN has them (arXiv:1502.02791)."""
     median = median_bandwidth(source, target)
     return tuple(factor * median for factor in FACTORS)
 

@@ -103,7 +103,7 @@ class CrossSums:
 
     @property
     def hsic(self) -> float:
-        """HSIC_1 of Song et al. (JMLR 13, 2012), eq. 5 (eq. 3 of arXiv:2010.15327): unbiased.
+        """HSIC_1 of Song et al. (JMLR 13, 2012), eq. 3 of arXiv:2010.15327: unbiased.
 
         There it is written with N x N kernel matrices; here each of its three terms is written with sums
         over images, so that no such matrix is made.

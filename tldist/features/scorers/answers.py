@@ -21,7 +21,7 @@ def entropy_of(distributions: Tensor) -> Tensor:
 def mean_entropy(logits: Values) -> float:
     """The entropy of an answer in nats, mean over images; small is sure.
 
-    Morerio et al. (arXiv:1711.10288), eq. 6. Least for a model that gives all images one answer.
+    Morerio et al. (arXiv:1711.10288). Least for a model that gives all images one answer.
 
     Args:
         logits: (N, K), of target images.
@@ -32,8 +32,8 @@ def mean_entropy(logits: Values) -> float:
 def information_maximisation(logits: Values) -> float:
     """The entropy of the mean answer less the mean entropy of the answers, in nats; large is good.
 
-    The mutual information of image and answer: Shi and Sha (arXiv:1206.6438), eq. 8; SHOT's L_IM
-    (arXiv:2002.08546, eq. 3) with the other sign. From 0 (all answers the same) to log K.
+    The mutual information of image and answer: Shi and Sha (arXiv:1206.6438); SHOT's L_IM
+    (arXiv:2002.08546) with the other sign. From 0 (all answers the same) to log K.
     """
     answers = probabilities(logits)
     return float(entropy_of(answers.mean(0)) - entropy_of(answers).mean())
@@ -42,7 +42,7 @@ def information_maximisation(logits: Values) -> float:
 def nuclear_norm(logits: Values) -> float:
     """The nuclear norm of the matrix of answers, divided by N; large is sure and varied.
 
-    BNM (arXiv:2003.12237), eq. 10, over all images at once. At most the root of K / N.
+    BNM (arXiv:2003.12237), over all images at once. At most the root of K / N.
     """
     answers = probabilities(logits)
     return float(torch.linalg.svdvals(answers).sum()) / len(answers)

@@ -14,7 +14,7 @@ TEMPERATURE = 0.05
 def soft_neighbourhood_density(logits: Values, *, temperature: float = TEMPERATURE) -> float:
     """SND: the entropy of an image's similarities to all others, mean over images; large is dense.
 
-    Saito et al. (arXiv:2108.10860), eq. 2 to 4: the softmax over the other images of the cosine similarity
+    Saito et al. (arXiv:2108.10860), section 3: the softmax over the other images of the cosine similarity
     of the answers, divided by the temperature. From 0 to log(N - 1). Largest for a model that gives all
     images one answer. The N x N matrix is made block by block.
 

@@ -91,7 +91,7 @@ def why_collapsed(candidate: Answers, source_only: Answers, prior: Tensor | None
     expected = min(float(entropy_of(even if prior is None else prior).exp()), source_only.effective_classes)
     found = candidate.effective_classes
     if found < LEAST_CLASSES * expected:
-        return f"collapsed: its answers are as varied as {found:.1f} even classes, where {expected:.1f} are expected"
+        return f"collapsed: answers as varied as {found:.1f} even classes, {expected:.1f} are expected"
     lost = _lost_classes(candidate, source_only)
     if lost:
         return f"collapsed: hardly any image is of class {', '.join(map(str, lost))} any more"

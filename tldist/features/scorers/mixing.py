@@ -45,7 +45,7 @@ def mix(images: Tensor, others: Tensor, share: float = SHARE) -> Tensor:
 def mix_consistency(answers: Tensor, partner: Tensor, mixed: Tensor) -> Consistency:
     """Interpolation consistency of mixtures within and between clusters; 1 is best.
 
-    Hu et al. (NeurIPS 2023, "Mixed Samples as Probes"), eq. 2 and 3, with the pseudo-label of the prevailing
+    Hu et al. (NeurIPS 2023, "Mixed Samples as Probes for Unsupervised Model Selection"), with the pseudo-label of the prevailing
     image as that of the mixture. As there, a model is placed under each of the two, and the places averaged.
     1 for a model that gives all images one answer.
 
@@ -59,7 +59,7 @@ def mix_consistency(answers: Tensor, partner: Tensor, mixed: Tensor) -> Consiste
     """
     if not len(answers) == len(partner) == len(mixed):
         raise DomainError(
-            f"{len(answers)} answers, {len(partner)} partners and {len(mixed)} mixtures: one of each is needed."
+            f"{len(answers)} answers, {len(partner)} partners, {len(mixed)} mixtures: one of each is needed."
         )
     same = answers == answers[partner]
     right = (mixed == answers).double()

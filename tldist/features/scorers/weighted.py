@@ -17,8 +17,8 @@ def importance_weights(
 ) -> Tensor:
     """The density of the target over that of the source, at given features.
 
-    By a classifier of the domains: ``(N_S / N_T) p(target | x) / p(source | x)``, eq. 5 of DEV (You et al.,
-    ICML 2019); multinomial logistic regression.
+    By a classifier of the domains: ``(N_S / N_T) p(target | x) / p(source | x)``, as DEV (You et al., ICML
+    2019) has it; multinomial logistic regression.
 
     Args:
         source, target: (N, D) and (M, D), that fit the classifier; not those of ``at``.
@@ -50,7 +50,7 @@ def effective_count(weights: Tensor) -> float:
 def importance_weighted_risk(weights: Tensor, losses: Tensor) -> float:
     """The weighted mean of losses; small is good.
 
-    Importance-weighted validation: Sugiyama et al. (JMLR 8, 2007), eq. 8, with the weights made to sum to 1:
+    Importance-weighted validation: Sugiyama et al. (JMLR 8, 2007), with the weights made to sum to 1:
     where all source images look unlike the target, their sum says nothing of the losses.
 
     Args:
@@ -63,7 +63,7 @@ def importance_weighted_risk(weights: Tensor, losses: Tensor) -> float:
 def dev_risk(weights: Tensor, losses: Tensor) -> float:
     """The weighted risk with a control variate: less variance, the same mean; small is good.
 
-    DEV (You et al., ICML 2019), eq. 9 and algorithm 1: the weights, whose mean is known to be 1, are the
+    DEV (You et al., ICML 2019), algorithm 1: the weights, whose mean is known to be 1, are the
     control variate. 0 takes the place of the variate's factor where all weights are equal.
 
     Args:

@@ -12,7 +12,7 @@ from tldist.features.arrays import Values, as_features, as_labels
 def h_score(features: Values, labels: Values) -> float:
     """``tr(cov(f)^+ cov(E[f | y]))``, from 0 to (number of classes - 1); larger is better.
 
-    Bao et al. (ICIP 2019), definition 2. Directions without variance do not count. With fewer images than
+    Bao et al. (ICIP 2019). Directions without variance do not count. With fewer images than
     dimensions it is as large as can be for any features: see `regularised_h_score`.
 
     Args:
@@ -29,7 +29,7 @@ def h_score(features: Values, labels: Values) -> float:
 def regularised_h_score(features: Values, labels: Values) -> float:
     """The H-score with the covariance shrunk to a multiple of the identity (Ledoit and Wolf, 2004).
 
-    Ibrahim et al. (arXiv:2110.06893), eq. 6 and 7: ``tr(cov_a(f)^-1 (1 - a) cov(E[f | y]))`` where the
+    Ibrahim et al. (arXiv:2110.06893): ``tr(cov_a(f)^-1 (1 - a) cov(E[f | y]))`` where the
     shrinkage a comes from the features in closed form. 0 for features without variance.
 
     Args:

@@ -16,7 +16,7 @@ _COMPONENTS_PER_CLASS = 5
 def leep(probabilities: Values, labels: Values) -> float:
     """The log expected empirical prediction, mean over images; at most 0, larger is better.
 
-    Nguyen et al. (arXiv:2002.12462), eq. 1 and 2: the labels are predicted through the joint distribution
+    Nguyen et al. (arXiv:2002.12462), section 3: the labels are predicted through the joint distribution
     of them and of the classes that the model was trained on.
 
     Args:
@@ -43,7 +43,7 @@ def leep(probabilities: Values, labels: Values) -> float:
 def nleep(features: Values, labels: Values, *, seed: int = 0) -> float:
     """LEEP with the components of a Gaussian mixture in the place of a model's classes.
 
-    Li et al. (arXiv:2011.11200), section 4: needs no head. As there, the features' principal components
+    Li et al. (arXiv:2011.11200): needs no head. As there, the features' principal components
     that hold 80 % of the variance, and five components a class (fewer where images are few). The mixture,
     with diagonal covariances so that a thousand dimensions stay feasible, is fitted by scikit-learn.
 

@@ -20,8 +20,8 @@ _LEAST_NOISE = 1e-12
 def logme(features: Values, labels: Values) -> float:
     """The log of the maximum evidence for each image, mean over classes; larger is better.
 
-    You et al. (arXiv:2102.11005), eq. 2, maximised by the fixed point of algorithm 3 of You et al.
-    (arXiv:2110.10545, JMLR 23): after one singular value decomposition an iteration costs no more than
+    You et al. (arXiv:2102.11005), eq. 2, maximised by the optimised fixed point of You et al.
+    (arXiv:2110.10545): after one singular value decomposition an iteration costs no more than
     vectors. All classes are iterated at once, until nothing changes. Classes without images do not count.
 
     Args:
@@ -71,7 +71,7 @@ def _evidence(sigma: Tensor, explained: Tensor, rest: Tensor, count: int) -> Ten
 def _update(
     spectrum: Tensor, explained: Tensor, rest: Tensor, floor: Tensor, ratio: Tensor, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """|m|^2, alpha and beta at a ratio t (algorithm 3)."""
+    """|m|^2, alpha and beta at a ratio t: one step of the optimised fixed point."""
     gamma = (spectrum / (spectrum + ratio)).sum(0)
     size = (spectrum * explained / (spectrum + ratio).square()).sum(0).clamp_min(1e-300)
     residual = _residual(spectrum, explained, rest, floor, ratio)
