@@ -149,6 +149,7 @@ def plane(points: np.ndarray, labels: Sequence[str] | None, kinds: Sequence[str]
         labels: one for each point; None: one colour.
         kinds: a second label for each point, of at most three, which chooses its marker; None: dots.
     """
+    assert len(set(kinds or ())) <= len(_MARKERS)
     with _axes(6.2, 4.4) as (figure, axes):
         shapes = dict(zip(dict.fromkeys(kinds or [""]), _MARKERS))
         for name, color, chosen in _groups(len(points), labels):

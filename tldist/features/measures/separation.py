@@ -16,9 +16,9 @@ def proxy_a_distance(
 ) -> float:
     """``2 (1 - 2 err)`` of a linear classifier that tells source from target, by cross-validation.
 
-    Ben-David et al. (NeurIPS 2006, "Analysis of Representations for Domain Adaptation"). About 0 where the domains cannot be told apart (a little below by
-    chance), 2 where they always can. Of both domains
-    the same number of rows is used, as there.
+    Ben-David et al. (NeurIPS 2006, "Analysis of Representations for Domain Adaptation"). About 0 where the
+    domains cannot be told apart (a little below by chance), 2 where they always can. Of both domains the
+    same number of rows is used, as there.
 
     Args:
         source, target: (N, D) and (M, D), at least ``folds`` rows each.

@@ -12,6 +12,9 @@ from tldist.errors import DomainError
 from tldist.features.arrays import Values, as_features
 from tldist.features.moments import Moments
 
+_CONSTANT = 1e-12
+"""Deviations below this multiple of the mean are rounding."""
+
 
 def linear_cka(first: Values, second: Values) -> float:
     """``|Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F)`` of centred features, from 0 to 1.
@@ -43,7 +46,14 @@ def cka_matrix(joint: Moments, widths: Sequence[int]) -> Tensor:
         raise DomainError(f"the layers' widths sum to {sum(widths)}, but the moments have {joint.width}.")
     blocks = [rows.split(list(widths), dim=1) for rows in joint.scatter.split(list(widths), dim=0)]
     sizes = torch.stack([torch.stack([block.square().sum() for block in row]) for row in blocks])
-    own = sizes.diagonal().sqrt()
+    sizes = (sizes + sizes.T) / 2  # equal but for rounding
+    spreads = joint.scatter.diagonal().split(list(widths))
+    means = joint.mean.split(list(widths))
+    alive = [
+        spread.sum() > joint.count * _CONSTANT**2 * mean.square().sum()
+        for spread, mean in zip(spreads, means)
+    ]
+    own = sizes.diagonal().sqrt() * torch.stack(alive)
     scale = torch.outer(own, own)
     return torch.where(scale > 0, sizes / scale.where(scale > 0, torch.ones_like(scale)), 0.0)
 
@@ -127,7 +137,7 @@ def cka_of_sums(xy: CrossSums, xx: CrossSums, yy: CrossSums) -> float:
 
     About 0 for layers that have nothing in common (a little below by chance), whatever their widths.
     """
-    return _ratio(torch.tensor(xy.hsic), torch.tensor(xx.hsic), torch.tensor(yy.hsic))
+    return _ratio(xy.hsic, xx.hsic, yy.hsic)
 
 
 def unbiased_cka(first: Values, second: Values) -> float:
@@ -145,7 +155,14 @@ def unbiased_cka(first: Values, second: Values) -> float:
 def _both(first: Values, second: Values) -> tuple[Tensor, Tensor]:
     x, y = as_features(first, "the first features"), as_features(second, "the second features")
     _check_rows(x, y)
-    return x - x.mean(0), y - y.mean(0)
+    return _centred(x), _centred(y)
+
+
+def _centred(features: Tensor) -> Tensor:
+    """Less the mean; exactly 0 in dimensions that are constant up to rounding."""
+    mean = features.mean(0)
+    centred = features - mean
+    return centred * (centred.abs().amax(0) > _CONSTANT * mean.abs())
 
 
 def _check_rows(x: Tensor, y: Tensor) -> None:
@@ -153,7 +170,7 @@ def _check_rows(x: Tensor, y: Tensor) -> None:
         raise DomainError(f"{len(x)} and {len(y)} rows: both layers must describe the same images.")
 
 
-def _ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> float:
+def _ratio(xy: Tensor | float, xx: Tensor | float, yy: Tensor | float) -> float:
     if xx <= 0 or yy <= 0:
         return 0.0
-    return float(xy / (xx.sqrt() * yy.sqrt()))
+    return float(xy) / (float(xx) ** 0.5 * float(yy) ** 0.5)

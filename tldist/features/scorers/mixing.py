@@ -45,9 +45,9 @@ def mix(images: Tensor, others: Tensor, share: float = SHARE) -> Tensor:
 def mix_consistency(answers: Tensor, partner: Tensor, mixed: Tensor) -> Consistency:
     """Interpolation consistency of mixtures within and between clusters; 1 is best.
 
-    Hu et al. (NeurIPS 2023, "Mixed Samples as Probes for Unsupervised Model Selection"), with the pseudo-label of the prevailing
-    image as that of the mixture. As there, a model is placed under each of the two, and the places averaged.
-    1 for a model that gives all images one answer.
+    Hu et al. (NeurIPS 2023, "Mixed Samples as Probes for Unsupervised Model Selection"), with the
+    pseudo-label of the prevailing image as that of the mixture. As there, a model is placed under each of
+    the two, and the places averaged. 1 within clusters for a model that gives all images one answer.
 
     Args:
         answers: int64 (N,), the model's answers to the images.
