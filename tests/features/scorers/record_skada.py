@@ -50,7 +50,11 @@ def main(path: str) -> None:
     def score(scorer: object) -> float:
         return float(scorer(pipeline, values, masked, sample_domain=domain))  # type: ignore[operator]
 
-    dev = DeepEmbeddedValidation(random_state=SEED, greater_is_better=True)
+    def column_of_losses(answers: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+        # SKADA 0.6.0's own loss is a row, which its column of weights makes a matrix of all pairs
+        return -np.log(probabilities[np.arange(len(answers)), answers])[:, None]
+
+    dev = DeepEmbeddedValidation(loss_func=column_of_losses, random_state=SEED, greater_is_better=True)
     found = {
         "entropy": score(PredictionEntropyScorer(greater_is_better=True)),
         "snd": score(SoftNeighborhoodDensity()),
