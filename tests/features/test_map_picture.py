@@ -68,6 +68,8 @@ def test_draw_domains__colour_is_the_class_and_marker_the_domain() -> None:
     picture = draw_domains(projected, ["cat", "dog"] * 15, ["dog", "emu"] * 10, ("photo", "sketch"))
     words = re.findall(r">([^<>]+)</text>", picture)
     assert {"cat", "dog", "emu", "photo", "sketch"} <= set(words)
+    drawn = ["yes" if row in projected.source_rows else "no" for row in range(30)]
+    assert "no" not in re.findall(r">([^<>]+)</text>", draw_domains(projected, drawn))
     blank = re.findall(r">([^<>]+)</text>", draw_domains(projected, ["cat", "dog"] * 15))
     assert {"cat", "dog", "target", "source"} <= set(blank)
     assert picture == draw_domains(projected, ["cat", "dog"] * 15, ["dog", "emu"] * 10, ("photo", "sketch"))

@@ -15,7 +15,7 @@ from tldist.errors import DomainError, RecipeError
 from tldist.features.heterogeneous.anchors import class_means, pair_anchors
 from tldist.features.heterogeneous.cca import fit_cca
 from tldist.features.heterogeneous.methods import METHODS, fit_pairs
-from tldist.features.heterogeneous.paired import PairedMoments
+from tldist.features.heterogeneous.paired import Into, PairedMoments
 from tldist.features.heterogeneous.procrustes import fit_procrustes
 from tldist.features.heterogeneous.ridge import GRID, fit_ridge, gcv_errors
 
@@ -42,7 +42,7 @@ SHAPES = [(60, 5, 5), (60, 4, 9), (60, 9, 4), (8, 12, 6), (8, 6, 12)]
 @pytest.mark.parametrize("ridge", [1e-3, 1.0])
 def test_ridge__is_scikit_learns(n: int, source: int, target: int, ridge: float) -> None:
     x, y = paired(n, source, target, seed=n)
-    maps = fit_ridge(of(x, y), ridge)
+    maps = fit_ridge(of(x, y), ridge, into="target")
     penalty = ridge * n * x.var(0).mean()
     reference = Ridge(alpha=penalty, solver="svd").fit(x, y)
     np.testing.assert_allclose(maps.map_source(x), reference.predict(x), atol=1e-9)
@@ -68,12 +68,14 @@ def test_ridge__gcv_is_that_of_the_hat_matrix(n: int, source: int, target: int) 
 
 def test_ridge__chosen_by_gcv_is_near_the_best_on_new_pairs() -> None:
     x, y = paired(400, 30, 8, seed=5, noise=2.0)
-    maps = fit_ridge(of(x[:40], y[:40]))
+    maps = fit_ridge(of(x[:40], y[:40]), into="target")
     assert maps.details["ridge"] in GRID
     assert len(maps.details["gcv"]) == len(GRID)
 
     def error(ridge: float) -> float:
-        return float(((fit_ridge(of(x[:40], y[:40]), ridge).map_source(x[40:]) - y[40:]) ** 2).mean())
+        return float(
+            ((fit_ridge(of(x[:40], y[:40]), ridge, into="target").map_source(x[40:]) - y[40:]) ** 2).mean()
+        )
 
     errors = {ridge: error(ridge) for ridge in GRID}
     assert error(maps.details["ridge"]) < 1.1 * min(errors.values())
@@ -86,14 +88,16 @@ def test_ridge__without_penalty_and_with_directions_without_variance() -> None:
     reference = np.linalg.lstsq(np.c_[x, np.ones(30)], y, rcond=None)[0]
     for inputs in (x, wide):
         np.testing.assert_allclose(
-            fit_ridge(of(inputs, y), 0.0).map_source(inputs), np.c_[x, np.ones(30)] @ reference, atol=1e-8
+            fit_ridge(of(inputs, y), 0.0, into="target").map_source(inputs),
+            np.c_[x, np.ones(30)] @ reference,
+            atol=1e-8,
         )
-    assert np.isfinite(fit_ridge(of(wide, y)).map_source(wide)).all()
+    assert np.isfinite(fit_ridge(of(wide, y), into="target").map_source(wide)).all()
 
 
 def test_ridge__source_that_does_not_vary_gives_the_targets_mean() -> None:
     _, y = paired(10, 2, 3, seed=1)
-    maps = fit_ridge(of(np.ones((10, 2)), y))
+    maps = fit_ridge(of(np.ones((10, 2)), y), into="target")
     np.testing.assert_allclose(maps.map_source(np.zeros((2, 2))), np.tile(y.mean(0), (2, 1)), atol=1e-12)
 
 
@@ -103,11 +107,11 @@ def test_ridge__source_that_does_not_vary_gives_the_targets_mean() -> None:
 def test_procrustes__is_scipys_where_widths_agree() -> None:
     x, y = paired(60, 5, 5, seed=2)
     rotation, agreement = scipy.linalg.orthogonal_procrustes(x - x.mean(0), y - y.mean(0))
-    plain = fit_procrustes(of(x, y), scaling=False)
+    plain = fit_procrustes(of(x, y), scaling=False, into="target")
     assert plain.source is not None
     np.testing.assert_allclose(plain.source.weight.numpy(), rotation.T, atol=1e-9)
     np.testing.assert_allclose(plain.map_source(x).mean(0), y.mean(0), atol=1e-9)
-    scaled = fit_procrustes(of(x, y))
+    scaled = fit_procrustes(of(x, y), into="target")
     assert scaled.source is not None
     scale = agreement / ((x - x.mean(0)) ** 2).sum()
     assert scaled.details["scale"] == pytest.approx(scale)
@@ -118,7 +122,7 @@ def test_procrustes__is_scipys_where_widths_agree() -> None:
 def test_procrustes__of_other_widths_is_semi_orthogonal_and_best(source: int, target: int) -> None:
     x, y = paired(50, source, target, seed=3)
     a, b = x - x.mean(0), y - y.mean(0)
-    maps = fit_procrustes(of(x, y), scaling=False)
+    maps = fit_procrustes(of(x, y), scaling=False, into="target")
     assert maps.source is not None
     found = maps.source.weight.numpy().T
     gram = found @ found.T if source < target else found.T @ found
@@ -132,7 +136,7 @@ def test_procrustes__of_other_widths_is_semi_orthogonal_and_best(source: int, ta
         if source < target:
             assert ((a @ found - b) ** 2).sum() < ((a @ other - b) ** 2).sum()
         assert np.trace(found.T @ a.T @ b) > np.trace(other.T @ a.T @ b)
-    scaled = fit_procrustes(of(x, y))
+    scaled = fit_procrustes(of(x, y), into="target")
     errors = [((s * a @ found - b) ** 2).sum() for s in scaled.details["scale"] * np.array([0.99, 1, 1.01])]
     assert errors[1] == min(errors)
     total = (b**2).sum()
@@ -143,7 +147,7 @@ def test_procrustes__recovers_a_rotation_from_few_pairs_within_their_span() -> N
     random = np.random.default_rng(4)
     rotation = np.linalg.qr(random.normal(size=(10, 10)))[0]
     x = random.normal(size=(5, 10))
-    maps = fit_procrustes(of(x, 3 * x @ rotation + 1))
+    maps = fit_procrustes(of(x, 3 * x @ rotation + 1), into="target")
     np.testing.assert_allclose(maps.map_source(x), 3 * x @ rotation + 1, atol=1e-8)
     assert maps.details["directions"] == 4
     assert maps.details["scale"] == pytest.approx(3)
@@ -234,34 +238,37 @@ def test_cca__rank_deficient_sides_and_few_pairs() -> None:
 # -- class means ---------------------------------------------------------------------------------------------
 
 
-def test_anchors__pair_the_means_of_the_classes_that_both_have() -> None:
+def test_anchors__pair_target_samples_with_the_means_of_their_classes() -> None:
     random = np.random.default_rng(0)
     x, y = random.normal(size=(40, 5)), random.normal(size=(30, 3))
-    source, target = np.arange(40) % 4, np.arange(30) % 3 + 1  # class 0 only here, class 3 in both
+    source, target = np.arange(40) % 4, np.arange(30) % 3 + 2  # class 4 is not in the source
     found = pair_anchors(x, source, y, target)
-    shared = (1, 2, 3)
-    expected = of(
-        np.stack([x[source == c].mean(0) for c in shared]), np.stack([y[target == c].mean(0) for c in shared])
-    )
-    assert found.count == 3
+    shared = target < 4
+    means = np.stack([x[source == c].mean(0) for c in target[shared]])
+    expected = of(means, y[shared])
+    assert found.count == 20
     torch.testing.assert_close(found.joint.scatter, expected.joint.scatter)
     assert list(class_means(x, source)) == [0, 1, 2, 3]
     with pytest.raises(DomainError, match="1 classes have images in both domains"):
         pair_anchors(x, source, y, np.full(30, 3))
+    with pytest.raises(DomainError, match="target's labels: 1 rows have no label"):
+        pair_anchors(x, source, y, np.array([-1, *target[1:]]))
 
 
 def test_anchors__bring_the_classes_of_two_models_together() -> None:
     random = np.random.default_rng(1)
-    centres = random.normal(size=(4, 6)) * 4
+    centres = random.normal(size=(4, 6)) * 3
     labels = np.arange(200) % 4
     x = centres[labels] + random.normal(size=(200, 6))
     turn = np.linalg.qr(random.normal(size=(9, 9)))[0][:6]
-    y = (centres[labels] + random.normal(size=(200, 6))) @ turn * 0.3 + 2
-    maps = METHODS["anchors"].fit(pair_anchors(x, labels, y[:40], labels[:40]), None)
-    mapped = maps.map_source(x)
-    means = np.stack([mapped[labels == c].mean(0) for c in range(4)])
-    nearest = ((y[:, None] - means) ** 2).sum(2).argmin(1)
-    assert (nearest == labels).mean() > 0.95
+    noise = random.normal(size=(200, 1)) @ random.normal(size=(1, 6)) * 3  # that classes do not differ by
+    y = (centres[labels] + random.normal(size=(200, 6)) + noise) @ turn * 0.3 + 2
+    maps = METHODS["anchors"].fit(pair_anchors(x, labels, y[:80], labels[:80]), None, "source")
+    assert maps.source is None
+    means = np.stack([x[labels == c].mean(0) for c in range(4)])
+    mapped = maps.map_target(y[80:])
+    nearest = ((mapped[:, None] - means) ** 2).sum(2).argmin(1)
+    assert (nearest == labels[80:]).mean() > 0.9
 
 
 # -- all -----------------------------------------------------------------------------------------------------
@@ -273,7 +280,7 @@ def test_fit_pairs__any_split_into_batches_gives_the_same_maps(method: str) -> N
     whole = fit_pairs(x, y, method)
     parts = [of(a, b) for a, b in zip(np.split(x, [1, 7, 30]), np.split(y, [1, 7, 30]))]
     merged = parts[0].merge(parts[1]).merge(parts[2]).merge(parts[3])
-    again = METHODS[method].fit(merged, METHODS[method].ridge)
+    again = METHODS[method].fit(merged, METHODS[method].ridge, "source")
     np.testing.assert_allclose(again.map_source(x), whole.map_source(x), atol=1e-9)
     np.testing.assert_allclose(again.map_target(y), whole.map_target(y), atol=1e-9)
     assert json.loads(json.dumps(whole.details)) == whole.details
@@ -282,19 +289,32 @@ def test_fit_pairs__any_split_into_batches_gives_the_same_maps(method: str) -> N
     np.testing.assert_array_equal(tensors.map_source(x), whole.map_source(x))
 
 
+@pytest.mark.parametrize("into", ["source", "target"])
 @pytest.mark.parametrize("method", METHODS)
-def test_fit_pairs__a_head_on_mapped_source_features_reads_target_features(method: str) -> None:
+def test_fit_pairs__a_head_on_mapped_source_features_reads_target_features(method: str, into: Into) -> None:
     """Two models see one hidden cause; a rule learnt on the source's features holds on the target's."""
     random = np.random.default_rng(7)
     hidden = random.normal(size=(300, 4))
     mixing = [np.linalg.qr(random.normal(size=(width, width)))[0][:4] for width in (10, 7)]
     x, y = (hidden @ mix + 0.1 * random.normal(size=(300, mix.shape[1])) for mix in mixing)
-    maps = fit_pairs(x[:60], y[:60], method)
+    maps = fit_pairs(x[:60], y[:60], method, into=into)
     labels = (hidden[:, 0] + hidden[:, 1] > 0).astype(float)
     source, target = maps.map_source(x), maps.map_target(y)
     assert source.shape[1] == target.shape[1]
     rule = Ridge(1.0).fit(source[60:180], labels[60:180])
     assert ((rule.predict(target[180:]) > 0.5) == labels[180:]).mean() > 0.9
+
+
+@pytest.mark.parametrize("method", ["ridge", "procrustes"])
+def test_fit_pairs__into_the_source_is_into_the_target_with_the_sides_changed(method: str) -> None:
+    x, y = paired(40, 6, 4, seed=3)
+    there, back = fit_pairs(y, x, method, into="target"), fit_pairs(x, y, method)
+    assert back.source is None
+    assert there.target is None
+    np.testing.assert_allclose(back.map_target(y), there.map_source(y), atol=1e-9)
+    np.testing.assert_array_equal(back.map_source(x), x)
+    assert back.map_target(y).shape == x.shape
+    assert (back.details["into"], there.details["into"]) == ("source", "target")
 
 
 def test_fit_pairs__refuses() -> None:
@@ -306,5 +326,5 @@ def test_fit_pairs__refuses() -> None:
     for method, least in (("ridge", 3), ("cca", 3), ("procrustes", 2)):
         with pytest.raises(DomainError, match=f"{least - 1} pairs, expected at least {least}"):
             fit_pairs(x[: least - 1], y[: least - 1], method)
-    with pytest.raises(DomainError, match="features of 2 dimensions, but the map reads 3"):
-        fit_pairs(x, y).map_source(y)
+    with pytest.raises(DomainError, match="features of 3 dimensions, but the map reads 2"):
+        fit_pairs(x, y).map_target(x)

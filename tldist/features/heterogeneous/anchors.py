@@ -1,4 +1,4 @@
-"""Class means as pairs, where two models share no samples but the names of their classes."""
+"""Class means as anchors, where two models share no samples but the names of their classes."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ def class_means(features: Values, labels: Values) -> dict[int, Tensor]:
 
 
 def pair_anchors(
-    source: Values, source_labels: Values, target: Values, target_labels: Values, *, least: int = 2
+    source: Values, source_labels: Values, target: Values, target_labels: Values
 ) -> PairedMoments:
-    """The moments of one pair a class: the mean of its source and of its target features.
+    """The moments of pairs of a labelled target sample and the mean of its class in the source.
 
-    Reads the target's labels; a few images of each class are enough. Every class weighs the same.
+    Reads the target's labels; a few images of each class are enough. A ridge regression on them
+    (`tldist.features.heterogeneous.ridge`) takes target features to their class's place in the source's
+    space, and away from what varies within classes. Samples of classes that the source lacks are left out.
 
     Args:
         source, target: (N, D) and (M, E).
         source_labels, target_labels: whole numbers (N,) and (M,), in one list of classes.
-        least: classes that both must have.
 
     Raises:
-        DomainError: fewer classes in common.
+        DomainError: fewer than two classes in common.
     """
-    first, second = class_means(source, source_labels), class_means(target, target_labels)
-    shared = [name for name in first if name in second]
-    if len(shared) < least:
+    means = class_means(source, source_labels)
+    values = as_features(target, "the target's features")
+    places = as_labels(target_labels, len(values), "the target's labels").tolist()
+    rows = [row for row, place in enumerate(places) if place in means]
+    shared = {places[row] for row in rows}
+    if len(shared) < 2:
         raise DomainError(
-            f"{len(shared)} classes have images in both domains, expected at least {least}: class means are "
-            f"all that the two models' features are tied by."
+            f"{len(shared)} classes have images in both domains, expected at least 2: class means are all "
+            f"that the two models' features are tied by."
         )
-    return PairedMoments.from_batch(
-        torch.stack([first[name] for name in shared]), torch.stack([second[name] for name in shared])
-    )
+    return PairedMoments.from_batch(torch.stack([means[places[row]] for row in rows]), values[rows])

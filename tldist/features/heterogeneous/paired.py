@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from tldist.errors import DomainError
 from tldist.features.arrays import Values, as_features, like
 from tldist.features.moments import Moments
 from tldist.models.chain import Affine
+
+Into = Literal["source", "target"]
+"""Whose features are the common space, where a method maps one side to the other."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,12 @@ class PairedMoments:
     def merge(self, other: PairedMoments) -> PairedMoments:
         """The moments of both sets of pairs together."""
         return PairedMoments(self.joint.merge(other.joint), self.width)
+
+    def swapped(self) -> PairedMoments:
+        """The moments of the pairs (y, x)."""
+        order = torch.arange(self.joint.width).roll(-self.width).to(self.joint.mean.device)
+        joint = Moments(self.count, self.joint.mean[order], self.joint.scatter[order][:, order])
+        return PairedMoments(joint, self.joint.width - self.width)
 
     @property
     def count(self) -> int:
@@ -90,6 +99,20 @@ class Maps:
     def map_target(self, features: Values) -> Any:
         """Target features (N, E) in the common space, in the kind of array that was given."""
         return _apply(self.target, features)
+
+
+def one_way(weight: Tensor, pairs: PairedMoments, into: Into, details: Mapping[str, Any]) -> Maps:
+    """The maps where the side x of ``pairs`` goes to y's space, mean to mean, and the other side stays.
+
+    Args:
+        weight: (E, D).
+        pairs: with the source as x; swapped where the target is what is mapped.
+        into: whose space y's is.
+        details: of the maps.
+    """
+    x_mean, y_mean = pairs.means
+    moved = affine(weight, y_mean - weight @ x_mean)
+    return Maps(moved, None, details) if into == "target" else Maps(None, moved, details)
 
 
 def affine(weight: Tensor, bias: Tensor) -> Affine:

@@ -1,4 +1,4 @@
-"""The linear map from the source model's features to the target model's, by ridge regression."""
+"""The linear map between two models' features by ridge regression."""
 
 from __future__ import annotations
 
@@ -7,44 +7,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tldist.features.heterogeneous.paired import Maps, PairedMoments, affine
+from tldist.features.heterogeneous.paired import Into, Maps, PairedMoments, one_way
 
 GRID = tuple(float(value) for value in torch.logspace(-8, 3, 45, dtype=torch.float64))
-"""Ridges that are tried: multiples of the source's mean variance."""
+"""Ridges that are tried: multiples of the mean variance of what is mapped."""
 
 
-def fit_ridge(pairs: PairedMoments, ridge: float | None = None) -> Maps:
-    """``Linear(in=source, out=target)`` in closed form: source features are taken to where the target's are.
+def fit_ridge(pairs: PairedMoments, ridge: float | None = None, *, into: Into = "source") -> Maps:
+    """One linear layer from one model's features to the other's, in closed form.
 
     Minimises ``|XW + b - Y|^2 + l |W|^2`` (Hoerl and Kennard, 1970; b is free) from the moments of the
-    pairs. The common space is the target model's own, so that target features stay as they are.
+    pairs. A head is best fitted on features as they are and fed with the regression's answers, which are
+    their expectation: so by default target features are mapped into the source's space, and the source's
+    stay. With ``into="target"`` it is ``Linear(in=source, out=target)`` and the target's stay; there the head
+    learns from features that the regression has shrunk, and reads others.
 
     Args:
         pairs: at least 3.
-        ridge: l, in multiples of N times the source's mean variance, so that it has no unit; None: the one
-            of `GRID` with the least generalised cross-validation error (`gcv_errors`).
+        ridge: l, in multiples of N times the mean variance of what is mapped, so that it has no unit; None:
+            the one of `GRID` with the least generalised cross-validation error (`gcv_errors`).
+        into: whose space is the common one.
 
     Returns:
         The maps; ``details`` holds the ridge, the errors of the grid where it was searched, and the share
-        of the target's variance that the map explains on the pairs.
+        of the variance in the common space that the map explains on the pairs.
 
     Raises:
         DomainError: fewer than 3 pairs.
     """
     pairs.check_count(3)
+    pairs = pairs if into == "target" else pairs.swapped()
     values, vectors, turned = _decompose(pairs)
     unit = float(values.sum()) / len(values)
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = {"into": into}
     if ridge is None:
         errors = gcv_errors(pairs, GRID)
         ridge = GRID[int(torch.tensor(errors, dtype=torch.float64).argmin())]
         details["gcv"] = [list(pair) for pair in zip(GRID, errors)]
     weight = (vectors @ (_inverse(values, ridge * unit)[:, None] * turned)).T
-    x_mean, y_mean = pairs.means
     explained = _explained(values, turned, ridge * unit)
     total = float(pairs.scatters[2].trace())
     details |= {"ridge": ridge, "explained": explained / total if total else 1.0, "pairs": pairs.count}
-    return Maps(affine(weight, y_mean - weight @ x_mean), None, details)
+    return one_way(weight, pairs, into, details)
 
 
 def gcv_errors(pairs: PairedMoments, ridges: tuple[float, ...]) -> list[float]:
@@ -55,7 +59,7 @@ def gcv_errors(pairs: PairedMoments, ridges: tuple[float, ...]) -> list[float]:
     Infinite where df reaches N.
 
     Args:
-        pairs: the moments.
+        pairs: the moments; x is mapped to y.
         ridges: as in `fit_ridge`.
     """
     values, _, turned = _decompose(pairs)
@@ -70,7 +74,7 @@ def gcv_errors(pairs: PairedMoments, ridges: tuple[float, ...]) -> list[float]:
 
 
 def _decompose(pairs: PairedMoments) -> tuple[Tensor, Tensor, Tensor]:
-    """Eigenvalues (D,) and eigenvectors (D, D) of the source's scatter; its cross-scatter in these axes."""
+    """Eigenvalues (D,) and eigenvectors (D, D) of x's scatter; the cross-scatter in these axes."""
     of_x, cross, _ = pairs.scatters
     values, vectors = torch.linalg.eigh(of_x)
     return values.clamp_min(0), vectors, vectors.T @ cross
