@@ -14,7 +14,7 @@ from sklearn.linear_model import Ridge
 from tldist.errors import DomainError, RecipeError
 from tldist.features.heterogeneous.anchors import class_means, pair_anchors
 from tldist.features.heterogeneous.cca import fit_cca
-from tldist.features.heterogeneous.methods import METHODS, fit_pairs
+from tldist.features.heterogeneous.methods import CCA_POWER, CCA_RIDGE, METHODS, fit_pairs
 from tldist.features.heterogeneous.paired import Into, PairedMoments
 from tldist.features.heterogeneous.procrustes import fit_procrustes
 from tldist.features.heterogeneous.ridge import GRID, fit_ridge, gcv_errors
@@ -315,6 +315,17 @@ def test_fit_pairs__into_the_source_is_into_the_target_with_the_sides_changed(me
     np.testing.assert_array_equal(back.map_source(x), x)
     assert back.map_target(y).shape == x.shape
     assert (back.details["into"], there.details["into"]) == ("source", "target")
+
+
+def test_fit_pairs__passes_its_settings_on() -> None:
+    x, y = paired(40, 6, 4, seed=3)
+    for given, used in ((None, CCA_RIDGE), (0.5, 0.5)):
+        expected = fit_cca(of(x, y), ridge=used, power=CCA_POWER)
+        np.testing.assert_array_equal(
+            fit_pairs(x, y, "cca", ridge=given).map_source(x), expected.map_source(x)
+        )
+    found = fit_pairs(x, y, "ridge", ridge=0.5, into="target").details
+    assert (found["ridge"], found["into"]) == (0.5, "target")
 
 
 def test_fit_pairs__refuses() -> None:

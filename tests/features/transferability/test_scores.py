@@ -205,6 +205,11 @@ def test_knn_accuracy__needs_more_rows_than_neighbours() -> None:
     assert knn_accuracy(np.zeros((4, 2)), [1, 1, 1, 1], k=3) == 1
 
 
+def test_knn_accuracy__of_neighbours_as_near_the_first_rows_count() -> None:
+    # all rows are one point: each but the first has row 0 as its neighbour, that one row 1
+    assert knn_accuracy(np.ones((5, 2)), [0, 1, 0, 0, 1], k=1, cosine=False) == 2 / 5
+
+
 @pytest.mark.parametrize("score", [logme, h_score, regularised_h_score])
 def test_scores__need_two_classes(score: object) -> None:
     with pytest.raises(DomainError, match="a single class"):
