@@ -25,14 +25,13 @@ def pseudo_labels(features: Tensor, probabilities: Tensor) -> Tensor:
     """
     rows = torch.cat([features.double(), features.new_ones(len(features), 1).double()], 1)
     rows = rows / rows.norm(dim=1, keepdim=True)
-    shares, classes = probabilities.double(), probabilities.shape[1]
-    answered = torch.bincount(shares.argmax(1), minlength=classes) > 0
-    labels = _nearest(rows, shares, answered)
-    return _nearest(rows, torch.nn.functional.one_hot(labels, classes).double(), answered)
+    labels = _nearest(rows, probabilities.double())
+    return _nearest(rows, torch.nn.functional.one_hot(labels, probabilities.shape[1]).double())
 
 
-def _nearest(rows: Tensor, shares: Tensor, answered: Tensor) -> Tensor:
-    """For each row the class, of those ``answered``, whose weighted mean row it has the smallest angle to."""
+def _nearest(rows: Tensor, shares: Tensor) -> Tensor:
+    """For each row the class whose weighted mean row it has the smallest angle to."""
+    answered = torch.bincount(shares.argmax(1), minlength=shares.shape[1]) > 0
     centres = shares.T @ rows / (1e-8 + shares.sum(0)[:, None])
     cosines = rows @ torch.nn.functional.normalize(centres, dim=1).T
     return cosines.masked_fill(~answered, -torch.inf).argmax(1)
