@@ -20,14 +20,12 @@ def contents(domain: Domain) -> list[str]:
 
 
 def shuffled(folder: Path, out: Path) -> Path:
-    """The same images, each in the folder of another class."""
+    """The same images, each in the folder of another class: by one class further, or two."""
     names = sorted(path.name for path in folder.iterdir())
-    for number, file in enumerate(sorted(folder.rglob("*.png"))):
-        to = out / names[(number * 7) % len(names)] / file.name
-        if to.exists():
-            to = out / names[(number * 7 + 1) % len(names)] / file.name
+    for file in sorted(folder.rglob("*.png")):
+        place = names.index(file.parent.name) + 1 + int(file.stem) % 2
+        to = out / names[place % len(names)] / file.name
         to.parent.mkdir(parents=True, exist_ok=True)
-        assert not to.exists()
         to.write_bytes(file.read_bytes())
     return out
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from tldist.domain.folder import open_folder
 from tldist.domain.index import Domain, natural_key, sort_names
+from tldist.domain.join import join
 from tldist.domain.parquet import open_parquet
 from tldist.domain.recipe import DataRecipe
 from tldist.domain.seal import seal
 from tldist.errors import DomainError
 
-__all__ = ["DataRecipe", "Domain", "natural_key", "open_domain", "seal", "sort_names"]
+__all__ = ["DataRecipe", "Domain", "join", "natural_key", "open_domain", "seal", "sort_names"]
 
 
 def open_domain(data: DataRecipe | str | Path, *, sealed: bool = False) -> Domain:
@@ -30,7 +31,8 @@ def open_domain(data: DataRecipe | str | Path, *, sealed: bool = False) -> Domai
         DomainError: it is not there, empty, or inconsistent.
     """
     recipe = data if isinstance(data, DataRecipe) else DataRecipe.make(path=str(data))
-    domain = replace(_open(recipe), max_bad=recipe.max_bad)
+    parts = [_open(recipe), *(_open(recipe.replace(path=path, also=())) for path in recipe.also)]
+    domain = replace(join(parts) if recipe.also else parts[0], max_bad=recipe.max_bad)
     if sealed:
         domain = seal(domain)
     if recipe.split is not None:
