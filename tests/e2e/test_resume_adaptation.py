@@ -35,8 +35,8 @@ class Run:
         self.out, self.checkpoints = out, out / "checkpoints"
         self.settings = {
             "data": {"path": str(data[0])}, "model": "tests.nets:recording_cnn", "weights": "none",
-            "out": out, "epochs": EPOCHS, "batch_size": BATCH, "precision": "fp32", "image_size": 32, "workers": 0,
-            "checkpoint": {"every_steps": EVERY}, "track": None, "guard": {"duplicates": "off"},
+            "out": out, "epochs": EPOCHS, "batch_size": BATCH, "precision": "fp32", "image_size": 32,
+            "workers": 0, "checkpoint": {"every_steps": EVERY}, "track": None, "guard": {"duplicates": "off"},
             "adapt": adapt, **more,
         }  # fmt: skip
         self.context = multiprocessing.get_context("forkserver")
