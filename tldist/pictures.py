@@ -21,6 +21,7 @@ COLORS = (
 )  # fmt: skip
 """One a series or class; readable on white and on black."""
 OTHERS = "#8d969e"
+_MARKERS = (".", "x", "+")
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _STYLE = {
     "svg.fonttype": "none",  # text stays text, in the page's font
@@ -140,25 +141,38 @@ def agreement(pairs: np.ndarray, xlabel: str, ylabel: str) -> str:
         return _svg(figure)
 
 
-def plane(points: np.ndarray, labels: Sequence[str] | None) -> str:
-    """Points (N, 2), coloured by label; of many labels the largest have colours, the others share grey."""
+def plane(points: np.ndarray, labels: Sequence[str] | None, kinds: Sequence[str] | None = None) -> str:
+    """Points (N, 2), coloured by label; of many labels the largest have colours, the others share grey.
+
+    Args:
+        points: coordinates.
+        labels: one for each point; None: one colour.
+        kinds: a second label for each point, of at most three, which chooses its marker; None: dots.
+    """
+    assert len(set(kinds or ())) <= len(_MARKERS)
     with _axes(6.2, 4.4) as (figure, axes):
+        shapes = dict(zip(dict.fromkeys(kinds or [""]), _MARKERS))
         for name, color, chosen in _groups(len(points), labels):
-            axes.scatter(
-                points[chosen, 0],
-                points[chosen, 1],
-                s=9,
-                color=color,
-                alpha=0.7,
-                linewidth=0,
-                label=name,
-                rasterized=True,
-            )
+            for kind, marker in shapes.items():
+                rows = chosen if kinds is None else [row for row in chosen if kinds[row] == kind]
+                axes.scatter(
+                    points[rows, 0],
+                    points[rows, 1],
+                    s=9 if marker == "." else 16,
+                    color=color,
+                    alpha=0.7,
+                    marker=marker,
+                    linewidth=0 if marker == "." else 0.8,
+                    label=name if marker == "." else None,
+                    rasterized=True,
+                )
+        for kind, marker in shapes.items() if kinds is not None else ():
+            axes.scatter([], [], s=16, color=OTHERS, marker=marker, linewidth=0.8, label=shorten(kind))
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_xlabel("first component")
         axes.set_ylabel("second component")
-        if labels is not None:
+        if labels is not None or kinds is not None:
             axes.legend(loc="upper left", bbox_to_anchor=(1, 1), markerscale=1.8, handletextpad=0.2)
         return _svg(figure)
 
