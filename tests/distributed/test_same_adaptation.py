@@ -188,8 +188,9 @@ def test_adaptation__one_two_and_float64_agree(domains: dict[int, tuple[Path, Pa
             assert first == pytest.approx(second, abs=1e-5), method
         choices = [json.loads((case[3] / "choice.json").read_text()) for case in (one, two)]
         assert choices[0]["chosen"] == choices[1]["chosen"]
-        for first, second in zip(choices[0]["candidates"], choices[1]["candidates"]):
-            assert first["scores"] == pytest.approx(second["scores"], abs=1e-5)
+        for first, second in zip(*(choice["candidates"] for choice in choices)):
+            for scorer in ("entropy", "im", "bnm"):
+                assert first["scores"][scorer] == pytest.approx(second["scores"][scorer], abs=1e-5)
 
 
 def _gathered(counts: tuple[int, ...]) -> tuple[list[list[float]], list[float]]:

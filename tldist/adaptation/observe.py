@@ -1,4 +1,4 @@
-"""What a model says of a whole domain: features and answers of every image, over all processes."""
+"""What a model says of a whole domain, over all processes: features and answers, also to mixed images."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tldist.data.loader import load_batches
 from tldist.data.order import blocks_of
 from tldist.distributed import Team
 from tldist.domain import Domain
 from tldist.errors import DomainError
+from tldist.features.scorers.mixing import mix, partners
 from tldist.models.heads import tapped
 from tldist.models.load import input_tensor
 from tldist.progress import progress_bar
@@ -87,3 +88,44 @@ def observe(
     return Observed(
         seen[order].astype(np.float32), said[order].astype(np.float32), labels[order], indices[order]
     )
+
+
+@torch.no_grad()
+def observe_mixtures(
+    model: nn.Module,
+    how: Preprocessing,
+    domain: Domain,
+    team: Team,
+    *,
+    seed: int = 0,
+    workers: int = 0,
+    label: str = "observe mixtures",
+) -> tuple[Tensor, Tensor]:
+    """A model's answers to mixtures of two images each (`tldist.features.scorers.mixing`), in fp32; called by
+    all processes together.
+
+    Args:
+        model, how, team, workers, label: as in `observe`.
+        domain: images that can all be decoded.
+        seed: of who is mixed with whom.
+
+    Returns:
+        With which image each is mixed, and the class that the mixture is taken for: int64 (N,) both.
+    """
+    model.eval()
+    partner = partners(len(domain), seed)
+    plans = blocks_of(len(domain), _BATCH, team.rank, team.size)
+    first = load_batches(domain, plans, how, workers=workers)
+    second = load_batches(domain.subset(partner.numpy()), plans, how, workers=workers)
+    mine: list[tuple[np.ndarray, np.ndarray]] = []
+    with progress_bar(len(domain), "img", label, keep=False) as bar:
+        for batch, other in zip(first, second):
+            one, two = (input_tensor(part.images.to(team.device), how) for part in (batch, other))
+            answers = model(mix(one, two)).argmax(1).cpu()
+            mine.append((batch.indices.numpy(), answers.numpy()))
+            bar.update(len(answers) * team.size)
+    found = torch.empty(len(domain), dtype=torch.int64)
+    for part in team.gather(mine):
+        for indices, answers in part:
+            found[torch.from_numpy(indices)] = torch.from_numpy(answers)
+    return partner, found

@@ -57,7 +57,8 @@ class AdaptRecipe(Recipe):
     """So many epochs, spread evenly and the last among them, may become the result: their checkpoints
     stay."""
     scorers: tuple[str, ...] = ()
-    """What chooses among them and source-only without labels of the target, by rank; none: all there are."""
+    """What chooses among them and source-only without labels of the target, by rank: entropy, snd, im, bnm,
+    dev, iw, mixval_intra, mixval_inter; none: all of them."""
 
     @property
     def is_on(self) -> bool:

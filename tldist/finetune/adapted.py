@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from tldist.adaptation.choice import SOURCE_ONLY
 from tldist.adaptation.recipe import AdaptRecipe
 from tldist.bundle import find_bundle, read_bundle
 from tldist.data.loader import num_workers
 from tldist.distributed import Team
 from tldist.errors import ModelError
+from tldist.features.scorers.choose import SOURCE_ONLY
 from tldist.finetune.adapt import candidate_steps, find_adaptation
-from tldist.finetune.choose import Candidate, Judge, find_scorers, settle
+from tldist.finetune.choose import Bench, Trial, check_scorers, settle
 from tldist.finetune.finish import finish, outcome_of
 from tldist.finetune.guards import Guards
 from tldist.finetune.inputs import Inputs, load_inputs, on_the_target
@@ -60,19 +60,20 @@ class _Run:
     begin: float
 
     @property
-    def judge(self) -> Judge:
-        """What the candidates are judged on."""
+    def bench(self) -> Bench:
+        """What the trials are judged on."""
         inputs = self.inputs
         assert inputs.target is not None
-        return Judge(
+        return Bench(
             self.recipe, self.team, self.folder, self.stop, inputs.how, inputs.classes, inputs.target,
-            inputs.validation, num_workers(self.recipe.workers, self.team.local_size),
+            inputs.train if self.recipe.data is not None else None, inputs.validation,
+            num_workers(self.recipe.workers, self.team.local_size),
         )  # fmt: skip
 
     @property
-    def source_only(self) -> Candidate:
-        """The candidate that is not adapted."""
-        return Candidate(SOURCE_ONLY, self.load_base)
+    def source_only(self) -> Trial:
+        """The model that is not adapted."""
+        return Trial(SOURCE_ONLY, self.load_base)
 
     def load_base(self) -> nn.Module:
         """Source-only's model, on the device."""
@@ -95,7 +96,7 @@ def adapt(recipe: FinetuneRecipe, team: Team, finetune: Finetune) -> Outcome:
     """
     assert recipe.adapt.method is not None
     find_adaptation(recipe.adapt.method)  # a wrong name is said now, not after source-only
-    find_scorers(recipe.adapt.scorers)
+    check_scorers(recipe.adapt.scorers)
     inputs = load_inputs(recipe)
     fingerprints = inputs.fingerprints()
     team.agree(recipe, fingerprints)
@@ -131,10 +132,10 @@ def _adapt_weights(run: _Run) -> None:
     journal = Journal(run.folder, recipe.track or (), recipe.model_dump(mode="json"), team)
     with closing(journal), own_threads():
         job, work, _ = learn(prepare(recipe, team, journal, inputs, run.stop), guarded=False)
-        candidates = [run.source_only, *_epochs(job)]
-        choice = settle(run.judge, candidates)
-        notes = unseal(run.judge, candidates, choice)
-        chosen = next(candidate for candidate in candidates if candidate.name == choice["chosen"])
+        trials = [run.source_only, *_epochs(job)]
+        choice = settle(run.bench, trials)
+        notes = unseal(run.bench, trials, choice)
+        chosen = next(trial for trial in trials if trial.name == choice["chosen"])
         seconds = time.perf_counter() - run.begin
         if choice["promoted"]:
             _finish_adapted(job, work, chosen, seconds, notes)
@@ -142,17 +143,17 @@ def _adapt_weights(run: _Run) -> None:
             _keep_source_only(run, seconds, {"steps": job.state.position.step, **notes})
 
 
-def _epochs(job: Job) -> list[Candidate]:
+def _epochs(job: Job) -> list[Trial]:
     """The ends of epochs whose checkpoints were kept; with ``select=last`` the last alone."""
     asked = job.recipe.adapt.candidates if job.recipe.select == "best" else 1
     found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(job.state.checkpoints)}
-    candidates = []
+    trials = []
     for epoch, step in candidate_steps(asked, job.state.epochs, job.state.epoch_steps).items():
         if step in found:
-            candidates.append(Candidate(f"epoch-{epoch}", _loader(job, found[step]), step))
+            trials.append(Trial(f"epoch-{epoch}", _loader(job, found[step]), step))
         else:
             warn(f"the checkpoint of epoch {epoch} is not there: it cannot be chosen")
-    return candidates
+    return trials
 
 
 def _loader(job: Job, checkpoint: Checkpoint) -> Callable[[], nn.Module]:
@@ -164,7 +165,7 @@ def _loader(job: Job, checkpoint: Checkpoint) -> Callable[[], nn.Module]:
 
 
 def _finish_adapted(
-    job: Job, work: Work | None, chosen: Candidate, seconds: float, notes: dict[str, Any]
+    job: Job, work: Work | None, chosen: Trial, seconds: float, notes: dict[str, Any]
 ) -> None:
     found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(job.state.checkpoints)}
     assert chosen.step is not None
@@ -185,11 +186,11 @@ def _adapt_statistics(run: _Run) -> None:
     ledger = Ledger(inputs.target, run.folder.path / LEDGER)
     reestimate(
         model, inputs.how, inputs.target, run.team, ledger,
-        batch_size=recipe.batch_size, seed=recipe.seed, workers=run.judge.workers,
+        batch_size=recipe.batch_size, seed=recipe.seed, workers=run.bench.workers,
     )  # fmt: skip
-    candidates: Sequence[Candidate] = [run.source_only, Candidate("adabn", lambda: model)]
-    choice = settle(run.judge, candidates)
-    notes = unseal(run.judge, candidates, choice)
+    trials: Sequence[Trial] = [run.source_only, Trial("adabn", lambda: model)]
+    choice = settle(run.bench, trials)
+    notes = unseal(run.bench, trials, choice)
     seconds = time.perf_counter() - run.begin
     if choice["promoted"]:
         _save(run, model, seconds, {"steps": 0, **notes})

@@ -44,8 +44,9 @@ def _choice_words(found: dict[str, Any]) -> str:
     by = "labels of the target" if found["labels"] == "use" else "no labels of the target"
     if found["promoted"]:
         return f"{found['method']}: {found['chosen']} was chosen by {by} ({', '.join(found['scorers'])})"
-    refused = [row for row in found["candidates"] if row["refused"]]
-    why = f": {refused[-1]['name']} {refused[-1]['refused']}" if refused else ""
+    others = [row for row in found["candidates"] if row["name"] != found["chosen"]]
+    reasons = [f"{row['name']}: {row['reason']}" for row in others if row.get("reason")]
+    why = f" ({reasons[0]})" if reasons else ""
     return (
         f"NOT PROMOTED: by {by} no model adapted by {found['method']} is better than source-only, which is "
         f"the bundle{why}"

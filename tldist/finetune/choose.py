@@ -1,48 +1,41 @@
-"""Which of the candidates becomes the result of an adaptation, settled on disk before any label is opened."""
+"""Which of the trials becomes the result of an adaptation, settled on disk before any label is opened."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from tldist.adaptation.choice import (
-    SCORERS,
-    SOURCE_ONLY,
-    Evidence,
-    Scorer,
-    answered_classes,
-    choose,
-    combine_ranks,
-    source_accuracy,
-    why_refused,
-)
-from tldist.adaptation.observe import Observed, observe
+from tldist.adaptation.observe import Observed, observe, observe_mixtures
 from tldist.data.order import epoch_order
 from tldist.distributed import Team
 from tldist.domain import Domain, open_domain
-from tldist.errors import DomainError, Preempted, RecipeError
+from tldist.errors import DomainError, Preempted, RecipeError, close_matches
+from tldist.features.scorers.candidate import SCORERS, Candidate, SourceEvidence, judge
+from tldist.features.scorers.choose import SOURCE_ONLY, choose
+from tldist.features.scorers.mixing import mix_consistency
 from tldist.files import read_json, write_json
 from tldist.finetune.recipe import FinetuneRecipe
-from tldist.methods import find_method
-from tldist.progress import say, warn
+from tldist.progress import say
 from tldist.runs import RunFolder
 from tldist.runtime.preprocess import Preprocessing
 from tldist.training.measure import measure, predictor, why_not_measurable
 from tldist.training.signals import StopFlag
 
 CHOICE = "choice.json"
-MOST_IMAGES = 20_000
+MOST_IMAGES = 10_000
 """Of each domain that scorers look at; of more, so many at random."""
 TARGET_ACCURACY = "target_accuracy"
 """What chooses where the target's labels may be used."""
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Trial:
     """A model that may become the result.
 
     Attributes:
@@ -57,14 +50,15 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Judge:
-    """What candidates are judged on.
+class Bench:
+    """What the trials are judged on.
 
     Attributes:
         recipe, team, folder, stop: of the run.
         how, classes: of the model.
         target: images without labels.
-        held: labelled images of the source that nothing has learned from; None: there are none.
+        learned, held: labelled images of the source, those that all trials have learned from and those that
+            none has; None: there are none.
         workers: decoding processes.
     """
 
@@ -75,102 +69,110 @@ class Judge:
     how: Preprocessing
     classes: tuple[str, ...]
     target: Domain
+    learned: Domain | None
     held: Domain | None
     workers: int
 
+    def observe(self, model: nn.Module, domain: Domain, label: str) -> Observed:
+        """What a model says of a sample of a domain."""
+        return observe(
+            model, self.how, sample(domain, self.recipe.seed), self.team,
+            classes=self.classes, workers=self.workers, label=label,
+        )  # fmt: skip
 
-def find_scorers(names: Sequence[str]) -> dict[str, Scorer]:
-    """Scorers by name, or of one's own by dotted path; all there are where none is named.
-
-    Raises:
-        RecipeError: unknown.
-    """
-    return {name: find_method(name, SCORERS) for name in names} if names else dict(SCORERS)
+    def ask_to_go_on(self) -> None:
+        """`Preempted` where a process was asked to stop."""
+        if self.team.any(self.stop.requested):
+            raise Preempted("told to stop while choosing; the same command goes on.")
 
 
-def settle(judge: Judge, candidates: Sequence[Candidate]) -> dict[str, Any]:
+def check_scorers(names: Sequence[str]) -> None:
+    """`RecipeError` where a scorer is unknown."""
+    for name in names:
+        if name not in SCORERS:
+            raise RecipeError(f"adapt.scorers={name}: unknown. {close_matches(name, SCORERS)}")
+
+
+def settle(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
     """Choose, and write ``RUN/choice.json``; an earlier choice stands. Called by all processes together.
 
     Args:
-        judge: what they are judged on.
-        candidates: source-only first, then from the earliest to the last.
+        bench: what they are judged on.
+        trials: source-only first, then from the earliest to the last.
 
     Returns:
-        The choice as plain JSON data: what was chosen, by what, and all candidates with their scores.
+        The choice as plain JSON data: what was chosen, by what, and all trials with their scores, the best
+        first.
     """
-    file = judge.folder.path / CHOICE
-    if not judge.team.on_main(file.is_file):
-        choice = _choose(judge, candidates)
-        judge.team.on_main(lambda: write_json(file, choice))
-    found: dict[str, Any] = judge.team.on_main(lambda: read_json(file, RecipeError, "choice of a run"))
-    return found
+    file = bench.folder.path / CHOICE
+    if not bench.team.on_main(file.is_file):
+        adapt = bench.recipe.adapt
+        assert adapt.target is not None
+        by_labels = adapt.target.labels == "use"
+        found = _by_labels(bench, trials) if by_labels else _by_scorers(bench, trials)
+        steps = {trial.name: trial.step for trial in trials}
+        rows = [_as_json(row, steps[row["name"]]) for row in found.pop("ranking")]
+        choice = {
+            "method": adapt.method,
+            "labels": adapt.target.labels,
+            "target_images": len(bench.target),
+            "promoted": found["chosen"] != SOURCE_ONLY,
+            **found,
+            "candidates": rows,
+        }
+        bench.team.on_main(lambda: write_json(file, choice))
+    settled: dict[str, Any] = bench.team.on_main(lambda: read_json(file, RecipeError, "choice of a run"))
+    return settled
 
 
-def _choose(judge: Judge, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    settings = judge.recipe.adapt
-    assert settings.target is not None
-    scorers, opened = find_scorers(settings.scorers), None
-    if settings.target.labels == "use":
-        say("the labels of the target choose (adapt.target.labels=use)")
-        opened = _opened(judge)
-    rows: list[dict[str, Any]] = []
-    plain: Evidence | None = None
-    for candidate in candidates:
-        if judge.team.any(judge.stop.requested):
-            raise Preempted("told to stop while choosing; the same command goes on.")
-        model = candidate.load()
-        judge.team.same_buffers(model)
-        seen = _look(judge, candidate.name, model)
-        plain = plain or seen
-        rows.append(
-            {
-                "name": candidate.name,
-                "step": candidate.step,
-                "scores": _by_labels(judge, candidate.name, model, opened)
-                if opened
-                else {name: float(scorer(seen)) for name, scorer in scorers.items()},
-                "refused": None if candidate.name == SOURCE_ONLY else why_refused(seen, plain),
-                "answered_classes": answered_classes(seen.target_logits),
-                "source_accuracy": source_accuracy(seen),
-            }
+def _as_json(row: dict[str, Any], step: int | None) -> dict[str, Any]:
+    """A trial's row with its step; what is not a number is None, for JSON has no NaN."""
+    scores = {name: v if v is not None and math.isfinite(v) else None for name, v in row["scores"].items()}
+    return {**row, "scores": scores, "step": step}
+
+
+def _by_scorers(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
+    """Without labels of the target: see `tldist.features.scorers.choose`."""
+    judged = [_judge(bench, trial) for trial in trials]
+    names = bench.recipe.adapt.scorers or tuple(SCORERS)
+    prior = _class_shares(bench)
+    return bench.team.on_main(lambda: choose(judged, prior=prior, scorers=names).to_dict())
+
+
+def _judge(bench: Bench, trial: Trial) -> Candidate:
+    bench.ask_to_go_on()
+    model = trial.load()
+    bench.team.same_buffers(model)
+    target = bench.observe(model, bench.target, f"{trial.name}: target")
+    seed = bench.recipe.seed
+    source = None
+    if bench.learned is not None and bench.held is not None:
+        learned = bench.observe(model, bench.learned, f"{trial.name}: source")
+        held = bench.observe(model, bench.held, f"{trial.name}: held out")
+        source = SourceEvidence(learned.features, held.features, held.logits, held.labels)
+    pictures = sample(bench.target, seed).subset(target.indices)
+    partner, mixed = observe_mixtures(
+        model, bench.how, pictures, bench.team, seed=seed, workers=bench.workers, label=f"{trial.name}: mixed"
+    )
+    answers = torch.from_numpy(target.logits).argmax(1)
+    return bench.team.on_main(
+        lambda: judge(
+            trial.name,
+            target.logits,
+            target_features=target.features,
+            source=source,
+            mixed=mix_consistency(answers, partner, mixed),
+            seed=seed,
         )
-    return {
-        "method": settings.method,
-        "labels": settings.target.labels,
-        "scorers": [TARGET_ACCURACY] if opened else list(scorers),
-        "target_images": len(judge.target),
-        **_verdict(rows),
-    }
+    )
 
 
-def _verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    for row in rows:
-        if row["refused"]:
-            warn(f"{row['name']} may not be chosen: it {row['refused']}")
-    scores = {row["name"]: row["scores"] for row in rows}
-    chosen, ranks = choose(scores, [row["name"] for row in rows if row["refused"]]), combine_ranks(scores)
-    return {
-        "chosen": chosen,
-        "promoted": chosen != SOURCE_ONLY,
-        "candidates": [{**row, "mean_rank": ranks[row["name"]]} for row in rows],
-    }
-
-
-def _look(judge: Judge, name: str, model: nn.Module) -> Evidence:
-    """What scorers see of a model."""
-
-    def seen(domain: Domain, label: str) -> Observed:
-        return observe(
-            model, judge.how, sample(domain, judge.recipe.seed), judge.team,
-            classes=judge.classes, workers=judge.workers, label=f"{name}: {label}",
-        )  # fmt: skip
-
-    target = seen(judge.target, "target")
-    source = seen(judge.held, "source") if judge.held else None
-    if source is None:
-        nothing = np.empty(0, dtype=np.int64)
-        source = Observed(target.features[:0], target.logits[:0], nothing, nothing)
-    return Evidence(source.features, source.logits, source.labels, target.features, target.logits)
+def _class_shares(bench: Bench) -> Tensor | None:
+    """float64 (K,), of the source's images; None: there are none."""
+    if bench.learned is None:
+        return None
+    labels = bench.learned.labels_in(bench.classes)
+    return torch.from_numpy(np.bincount(labels, minlength=len(bench.classes)) / len(labels))
 
 
 def sample(domain: Domain, seed: int) -> Domain:
@@ -178,24 +180,36 @@ def sample(domain: Domain, seed: int) -> Domain:
     return domain.subset(np.sort(epoch_order(seed, 0, len(domain))[:MOST_IMAGES]))
 
 
-def _opened(judge: Judge) -> Domain:
+def _by_labels(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
+    """By the accuracy on the target's train images; of equal ones source-only, then the earliest."""
+    say("the labels of the target choose (adapt.target.labels=use)")
+    opened = _opened(bench)
+    rows: list[dict[str, Any]] = []
+    for trial in trials:
+        bench.ask_to_go_on()
+        model = trial.load()
+        bench.team.same_buffers(model)
+        found = measure(
+            predictor(model, bench.how), opened, bench.classes, bench.how, bench.team,
+            workers=bench.workers, label=f"{trial.name}: labels of the target",
+        )  # fmt: skip
+        rows.append({"name": trial.name, "scores": {TARGET_ACCURACY: found.accuracy}})
+    rows.sort(key=lambda row: -row["scores"][TARGET_ACCURACY])
+    chosen = rows[0]["name"]
+    ranking = [{**row, "chosen": row["name"] == chosen} for row in rows]
+    return {"chosen": chosen, "scorers": [TARGET_ACCURACY], "left_out": {}, "ranking": ranking}
+
+
+def _opened(bench: Bench) -> Domain:
     """The target with its labels: only where the recipe lets them be used.
 
     Raises:
         DomainError: it has none, or classes that the model does not know.
     """
-    settings = judge.recipe.adapt.target
+    settings = bench.recipe.adapt.target
     assert settings is not None
     opened = open_domain(settings).training_split()
-    reason = why_not_measurable(opened, judge.classes, "multiclass")
+    reason = why_not_measurable(opened, bench.classes, "multiclass")
     if reason:
         raise DomainError(f"adapt.target.labels=use: {opened.name} cannot choose: {reason}.")
-    return sample(opened, judge.recipe.seed)
-
-
-def _by_labels(judge: Judge, name: str, model: nn.Module, opened: Domain) -> dict[str, float]:
-    found = measure(
-        predictor(model, judge.how), opened, judge.classes, judge.how, judge.team,
-        workers=judge.workers, label=f"{name}: labels of the target",
-    )  # fmt: skip
-    return {TARGET_ACCURACY: found.accuracy}
+    return sample(opened, bench.recipe.seed)
