@@ -218,6 +218,22 @@ def test_candidates__are_spread_and_the_last_is_one() -> None:
 # -- what is learned -------------------------------------------------------------------------------------
 
 
+def test_source_only__of_another_run_is_taken_where_it_is_the_same(
+    source: Path, target: Path, tmp_path: Path
+) -> None:
+    adapt(source, target, tmp_path / "first", "mcc")
+    ready = tmp_path / "first" / "source_only"
+    adapt(source, target, tmp_path / "second", "mcc", adapt={"source_only": ready})
+    assert not (tmp_path / "second" / "source_only").exists()
+    assert choice(tmp_path / "first") == choice(tmp_path / "second")
+    assert same(weights(tmp_path / "first"), weights(tmp_path / "second"))
+    with pytest.raises(RecipeError, match="batch_size"):
+        adapt(source, target, tmp_path / "third", "mcc", adapt={"source_only": ready}, batch_size=8)
+    other = make_images(tmp_path / "other", {"a": 9, "b": 9, "c": 9})
+    with pytest.raises(RecipeError, match="was made with other data"):
+        adapt(other, target, tmp_path / "fourth", "mcc", adapt={"source_only": ready})
+
+
 def test_weight_zero__is_source_only_but_for_the_chosen_epoch(
     source: Path, target: Path, tmp_path: Path
 ) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tldist.domain.recipe import DataRecipe
-from tldist.recipe import Recipe
+from tldist.recipe import Free, Recipe
 
 SOURCE_FREE = ("adabn", "shot")
 """Methods that need a model of the source, and none of its images."""
@@ -56,6 +57,9 @@ class AdaptRecipe(Recipe):
     candidates: int = Field(default=5, ge=1)
     """So many epochs, spread evenly and the last among them, may become the result: their checkpoints
     stay."""
+    source_only: Free[Path | None] = None
+    """A finished run of the same settings without adapt.*, taken for source-only; none: it is trained first,
+    in RUN/source_only."""
     scorers: tuple[str, ...] = ()
     """What chooses among them and source-only without labels of the target, by rank: entropy, snd, im, bnm,
     dev, iw, mixval_intra, mixval_inter; none: all of them."""

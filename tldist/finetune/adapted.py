@@ -15,8 +15,9 @@ from tldist.adaptation.recipe import AdaptRecipe
 from tldist.bundle import find_bundle, read_bundle
 from tldist.data.loader import num_workers
 from tldist.distributed import Team
-from tldist.errors import ModelError
+from tldist.errors import ModelError, RecipeError
 from tldist.features.scorers.choose import SOURCE_ONLY
+from tldist.files import read_json
 from tldist.finetune.adapt import candidate_steps, find_adaptation
 from tldist.finetune.choose import Bench, Trial, check_scorers, settle
 from tldist.finetune.finish import finish, outcome_of
@@ -30,7 +31,8 @@ from tldist.finetune.stage import Work
 from tldist.finetune.unseal import unseal
 from tldist.models.load import load_bundle, save_bundle
 from tldist.progress import say, warn
-from tldist.runs import BUNDLE, Outcome, RunFolder, open_run, recorded
+from tldist.recipe import check_same_run, read_yaml
+from tldist.runs import BUNDLE, INPUTS, RECIPE, Outcome, RunFolder, open_run, recorded
 from tldist.training.batchnorm import batchnorm_layers, reestimate
 from tldist.training.checkpoint import Checkpoint, list_checkpoints
 from tldist.training.ledger import LEDGER, Ledger
@@ -105,7 +107,7 @@ def adapt(recipe: FinetuneRecipe, team: Team, finetune: Finetune) -> Outcome:
         return outcome_of(folder, f"{folder.path} is finished already.")
     with recorded(folder, team.is_main), stop_on_signals() as stop:
         begin = time.perf_counter()
-        base = _train_source_only(recipe, team, finetune)
+        base = _train_source_only(recipe, inputs, team, finetune)
         run = _Run(recipe, team, folder, inputs, stop, base, begin)
         if recipe.adapt.method == "adabn":
             _adapt_statistics(run)
@@ -114,14 +116,28 @@ def adapt(recipe: FinetuneRecipe, team: Team, finetune: Finetune) -> Outcome:
     return outcome_of(folder)
 
 
-def _train_source_only(recipe: FinetuneRecipe, team: Team, finetune: Finetune) -> Path:
+def _train_source_only(recipe: FinetuneRecipe, inputs: Inputs, team: Team, finetune: Finetune) -> Path:
     """The bundle of the same fine-tuning without the target: a run of its own, inside this one's folder."""
     if recipe.data is None:
         return find_bundle(recipe.model)
+    plain = recipe.replace(adapt=AdaptRecipe(), out=recipe.out / SOURCE_ONLY)
+    if recipe.adapt.source_only is not None:
+        _check_source_only(recipe.adapt.source_only, plain, inputs)
+        return recipe.adapt.source_only / BUNDLE
     say("source-only first: the same training without the target")
-    out = recipe.out / SOURCE_ONLY
-    finetune(recipe.replace(adapt=AdaptRecipe(), out=out), team)
-    return out / BUNDLE
+    finetune(plain, team)
+    return plain.out / BUNDLE
+
+
+def _check_source_only(path: Path, plain: FinetuneRecipe, inputs: Inputs) -> None:
+    """`RecipeError` where a run is not what would be trained here: then it is no measure of adaptation."""
+    if RunFolder(path, "finetune").summary.get("status") != "done":
+        raise RecipeError(f"adapt.source_only={path}: no finished run. Give one, or leave it out.")
+    check_same_run(path, FinetuneRecipe.make(**read_yaml(path / RECIPE)), plain)
+    before = read_json(path / INPUTS, RecipeError, "record of a run's inputs")
+    for name, value in inputs.fingerprints().items():
+        if name != "target" and before.get(name) != value:
+            raise RecipeError(f"adapt.source_only={path}: was made with other {name}. Leave it out.")
 
 
 def _adapt_weights(run: _Run) -> None:
@@ -215,7 +231,7 @@ def _save(run: _Run, model: nn.Module, seconds: float, notes: dict[str, Any]) ->
 
     def write() -> None:
         saved = save_bundle(run.folder.path / BUNDLE, model, described)
-        before = RunFolder(run.folder.path / SOURCE_ONLY, "finetune").summary
+        before = RunFolder(run.base.parent, "finetune").summary if run.recipe.data else {}
         run.folder.write_summary(
             "done",
             bundle=BUNDLE,

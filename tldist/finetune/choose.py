@@ -24,6 +24,7 @@ from tldist.finetune.recipe import FinetuneRecipe
 from tldist.progress import say
 from tldist.runs import RunFolder
 from tldist.runtime.preprocess import Preprocessing
+from tldist.training.calibrate import fit_temperature
 from tldist.training.measure import measure, predictor, why_not_measurable
 from tldist.training.signals import StopFlag
 
@@ -140,16 +141,19 @@ def _by_scorers(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
 
 
 def _judge(bench: Bench, trial: Trial) -> Candidate:
+    """All scores of a trial. Most are of how sure its answers are: its probabilities are calibrated on the
+    source first (arXiv:1706.04599), as those of its bundle will be, or a loss that shrinks all logits looked
+    worse than it is, and one that blows them up better."""
     bench.ask_to_go_on()
-    model = trial.load()
+    model, seed = trial.load(), bench.recipe.seed
     bench.team.same_buffers(model)
     target = bench.observe(model, bench.target, f"{trial.name}: target")
-    seed = bench.recipe.seed
-    source = None
+    source, temperature = None, 1.0
     if bench.learned is not None and bench.held is not None:
         learned = bench.observe(model, bench.learned, f"{trial.name}: source")
         held = bench.observe(model, bench.held, f"{trial.name}: held out")
-        source = SourceEvidence(learned.features, held.features, held.logits, held.labels)
+        temperature = bench.team.on_main(lambda: _temperature(held))
+        source = SourceEvidence(learned.features, held.features, held.logits / temperature, held.labels)
     pictures = sample(bench.target, seed).subset(target.indices)
     partner, mixed = observe_mixtures(
         model, bench.how, pictures, bench.team, seed=seed, workers=bench.workers, label=f"{trial.name}: mixed"
@@ -158,13 +162,17 @@ def _judge(bench: Bench, trial: Trial) -> Candidate:
     return bench.team.on_main(
         lambda: judge(
             trial.name,
-            target.logits,
+            target.logits / temperature,
             target_features=target.features,
             source=source,
             mixed=mix_consistency(answers, partner, mixed),
             seed=seed,
         )
     )
+
+
+def _temperature(seen: Observed) -> float:
+    return fit_temperature(torch.from_numpy(seen.logits), torch.from_numpy(seen.labels))
 
 
 def _class_shares(bench: Bench) -> Tensor | None:
