@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.adaptation import references
+from tests.adaptation.test_losses import labels_by_loops
 from tests.distributed.test_same_weights import largest_difference, metrics, weights
 from tests.support import make_images
 from tests.support_processes import run_ranks
@@ -26,10 +27,10 @@ from tldist.runtime.preprocess import prepare
 from tldist.training.checkpoint import list_checkpoints
 
 BATCH, EPOCHS, LR, MOMENTUM, DECAY, WARMUP = 8, 2, 0.1, 0.9, 1e-3, 0.1
-WEIGHTS = {"deep_coral": 300.0, "dan": 2.0, "cdan": 1.0, "mcd": 1.0, "mcc": 10.0, "bnm": 10.0}
+WEIGHTS = {"deep_coral": 300.0, "dan": 2.0, "cdan": 1.0, "mcd": 1.0, "mcc": 10.0, "bnm": 10.0, "shot": 1.5}
 SIZES = {17: 13, 20: 5}
 """Source to target images: of 17 one process has none in the last step; 5 are less than a batch."""
-CASES = [(17, method) for method in WEIGHTS] + [(20, "deep_coral"), (20, "cdan")]
+CASES = [(17, method) for method in WEIGHTS if method != "shot"] + [(20, "deep_coral"), (20, "cdan")]
 
 
 def recipe(source: Path, target: Path, method: str, out: Path) -> FinetuneRecipe:
@@ -45,7 +46,13 @@ def recipe(source: Path, target: Path, method: str, out: Path) -> FinetuneRecipe
         select="last",
         optimizer={"name": "sgd", "lr": LR, "momentum": MOMENTUM, "weight_decay": DECAY, "warmup": WARMUP},
         augment={"crop": None, "flip": False},
-        adapt={"method": method, "target": {"path": str(target)}, "weight": WEIGHTS[method], "hidden": 12},
+        adapt={
+            "method": method,
+            "target": {"path": str(target)},
+            "weight": WEIGHTS[method],
+            "hidden": 12,
+            "pseudo_labels": 0.7,
+        },
         track=None,
         guard={"duplicates": "off"},
         workers=0,
@@ -144,6 +151,50 @@ def adapt_in_float64(source: Path, target: Path, method: str) -> dict[str, Tenso
             seen += len(batch)
             step += 1
     return model.state_dict()
+
+
+def shoot_in_float64(start: dict[str, Tensor], target: Path) -> dict[str, Tensor]:
+    """SHOT as a plain loop, from source-only's weights: the head rests, labels are made before each epoch."""
+    others = seal(open_domain(target))
+    begun = start_model("tests.nets:plain_cnn", "none", ("a", "b", "c"), image_size=32)
+    model = begun.model.double()
+    model.load_state_dict({name: tensor.double() for name, tensor in start.items()})
+    body, head = model[:-1], model[-1]
+    inputs, lower = pixels(others, begun.config.preprocessing), list(model[:-1].parameters())
+    velocity = [torch.zeros_like(p) for p in lower]
+    total, seen = len(others) * EPOCHS, 0
+    for epoch in range(EPOCHS):
+        with torch.no_grad():
+            features = body(inputs)
+            made = labels_by_loops(features.numpy(), head(features).softmax(1).numpy())
+        order = epoch_order(0, epoch, len(others))
+        for place in range(0, len(others), BATCH):
+            batch = order[place : place + BATCH]
+            done = (seen + len(batch) / 2) / total
+            cosine = 0.5 * (1 + np.cos(np.pi * (done - WARMUP) / (1 - WARMUP)))
+            lr = LR * (done / WARMUP if done < WARMUP else cosine)
+            logits = head(body(inputs[batch]))
+            loss = WEIGHTS["shot"] * references.information(logits)
+            loss = loss + 0.7 * nn.functional.cross_entropy(logits, torch.from_numpy(made[batch]))
+            gradients = torch.autograd.grad(loss, lower)
+            with torch.no_grad():
+                for p, v, g in zip(lower, velocity, gradients):
+                    g = g + (DECAY if p.dim() > 1 else 0.0) * p
+                    v.mul_(MOMENTUM).add_(g)
+                    p -= lr * (g + MOMENTUM * v)
+            seen += len(batch)
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("6.")}
+
+
+def test_shot__one_two_and_float64_agree(domains: dict[int, tuple[Path, Path]], tmp_path: Path) -> None:
+    ones, twos = ([(*domains[17], "shot", tmp_path / name)] for name in ("one", "two"))
+    run_ranks(adapt_all, 1, ones)
+    run_ranks(adapt_all, 2, twos)
+    begin = weights(tmp_path / "one" / "source_only")
+    reference = shoot_in_float64(begin, domains[17][1])
+    assert max(float((begin[name] - reference[name]).abs().max()) for name in reference) > 1e-3
+    assert largest_difference(result(tmp_path / "one"), reference) < 1e-5
+    assert largest_difference(result(tmp_path / "two"), reference) < 1e-5
 
 
 def adapt_all(cases: list[tuple[Path, Path, str, Path]]) -> None:
