@@ -305,6 +305,24 @@ def test_source_free__needs_a_bundle_and_the_target_alone(
             assert found["frozen"]["equal"] is True
 
 
+def test_shot__labels_of_an_epoch_are_made_once_and_read_from_disk(
+    source: Path, target: Path, tmp_path: Path
+) -> None:
+    made, found = [], []
+    for name in ("own", "others"):
+        out = tmp_path / name
+        adapt(source, target, out, "shot", epochs=1)
+        if name == "others":
+            np.save(out / "pseudo_labels" / "epoch-0001.npy", (made[0] + 1) % 3)
+        adapt(source, target, out, "shot", epochs=2)
+        made.append(np.load(out / "pseudo_labels" / "epoch-0001.npy"))
+        last = sorted((out / "checkpoints").iterdir())[-1]
+        found.append(load_file(last / "model.safetensors"))
+    assert made[0].shape == (36,)
+    assert made[1].tolist() == ((made[0] + 1) % 3).tolist(), "what is there stays"
+    assert not same(*found), "and is what is learned"
+
+
 def test_source_free__with_the_name_of_a_model_is_refused(target: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="needs a model of the source: give a bundle"):
         adapt(None, target, tmp_path / "r", "shot")

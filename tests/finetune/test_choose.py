@@ -54,11 +54,14 @@ def test_scores__do_not_depend_on_the_scale_of_the_logits(bench: Bench) -> None:
     assert choice["labels"] == "sealed"
 
 
-def test_settle__an_earlier_choice_stands(bench: Bench) -> None:
+def test_settle__an_earlier_choice_stands_until_there_are_other_trials(bench: Bench) -> None:
     model = start_model("tests.nets:plain_cnn", "none", ("a", "b", "c"), image_size=32).model
-    first = settle(bench, [Trial("source_only", lambda: model)])
+    first = settle(bench, [Trial("source_only", lambda: model), Trial("epoch-1", lambda: model, 4)])
+    assert first["chosen"] == "source_only", "what is equal is not promoted"
 
     def never() -> torch.nn.Module:
         raise AssertionError("nothing is looked at again")
 
-    assert settle(bench, [Trial("source_only", never), Trial("epoch-1", never)]) == first
+    assert settle(bench, [Trial("source_only", never), Trial("epoch-1", never, 4)]) == first
+    with pytest.raises(AssertionError, match="nothing is looked at"):
+        settle(bench, [Trial("source_only", never), Trial("epoch-2", never, 8)])

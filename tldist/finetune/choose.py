@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ def check_scorers(names: Sequence[str]) -> None:
 
 
 def settle(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Choose, and write ``RUN/choice.json``; an earlier choice stands. Called by all processes together.
+    """Choose, and write ``RUN/choice.json``; an earlier choice among the same trials stands. Called by all
+    processes together.
 
     Args:
         bench: what they are judged on.
@@ -106,7 +108,7 @@ def settle(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
         first.
     """
     file = bench.folder.path / CHOICE
-    if not bench.team.on_main(file.is_file):
+    if not bench.team.on_main(lambda: _stands(file, trials)):
         adapt = bench.recipe.adapt
         assert adapt.target is not None
         by_labels = adapt.target.labels == "use"
@@ -124,6 +126,14 @@ def settle(bench: Bench, trials: Sequence[Trial]) -> dict[str, Any]:
         bench.team.on_main(lambda: write_json(file, choice))
     settled: dict[str, Any] = bench.team.on_main(lambda: read_json(file, RecipeError, "choice of a run"))
     return settled
+
+
+def _stands(file: Path, trials: Sequence[Trial]) -> bool:
+    """Whether there is a choice among these trials; with more epochs there are others."""
+    if not file.is_file():
+        return False
+    rows = read_json(file, RecipeError, "choice of a run")["candidates"]
+    return {(row["name"], row["step"]) for row in rows} == {(trial.name, trial.step) for trial in trials}
 
 
 def _as_json(row: dict[str, Any], step: int | None) -> dict[str, Any]:
