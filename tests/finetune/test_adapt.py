@@ -75,6 +75,11 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(first[name].numpy().tobytes() == second[name].numpy().tobytes() for name in first)
 
 
+def report(out: Path) -> str:
+    api.report(runs=[out], out=out / "report.html")
+    return (out / "report.html").read_text()
+
+
 def choice(out: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((out / "choice.json").read_text())
     return found
@@ -158,6 +163,9 @@ def test_use__labels_choose_and_it_is_said(
     ).values  # fmt: skip
     scores = {row["name"]: row["scores"]["target_accuracy"] for row in rows}
     assert scores["source_only"] == pytest.approx(plain["accuracy"])
+    page = report(tmp_path / "r")
+    assert "labels of the target were USED to choose" in page
+    assert "times opened: 1" in page
 
 
 def test_use__without_labels_is_refused(source: Path, target: Path, tmp_path: Path) -> None:
@@ -190,14 +198,19 @@ def test_collapsed__source_only_is_the_bundle_and_it_is_said(
     assert told["promoted"] is False
     rows = {row["name"]: row for row in told["candidates"]}
     assert rows["epoch-3"]["answers"]["effective_classes"] == pytest.approx(1, abs=0.1)
-    entropies = [rows[name]["scores"]["entropy"] for name in ("epoch-3", "source_only")]
-    assert entropies[0] < entropies[1], "by its entropy it would have been chosen"
+    assert "collapsed" in rows["epoch-3"]["reason"]
+    assert rows["epoch-3"]["mean_rank"] is None, "it is not even ranked"
     assert same(weights(tmp_path / "r"), weights(tmp_path / "r" / "source_only"))
     assert found.values["promoted"] is False
+    page = report(tmp_path / "r")
+    assert "not promoted: the bundle is source_only" in page
+    assert "USED" not in page
+    assert all(name in page for name in ("epoch-1", "epoch-3", "mixval_intra"))
 
 
 def test_chosen__weights_are_those_of_its_epoch(source: Path, target: Path, tmp_path: Path) -> None:
-    found = adapt(source, target, tmp_path / "r", "mcc", epochs=4, adapt={"candidates": 2, "weight": 3.0})
+    settings = {"candidates": 2, "weight": 5.0, "scorers": ["im"]}
+    found = adapt(source, target, tmp_path / "r", "bnm", epochs=4, adapt=settings)
     told = found["adaptation"]
     assert {row["name"] for row in told["candidates"]} == {"source_only", "epoch-2", "epoch-4"}
     assert told["promoted"] is True
@@ -349,7 +362,8 @@ def test_sources__several_are_joined(source: Path, target: Path, tmp_path: Path)
     make_images(other / "train", {"a": 4, "b": 4, "z": 5}, seed=11)
     make_images(other / "val", {"a": 1, "b": 1, "z": 2}, seed=12)
     found = adapt(None, target, tmp_path / "r", "mcc", data={"path": str(source), "also": [str(other)]})
-    assert found["train_images"] == 60 + 13
+    assert summary(tmp_path / "r" / "source_only")["train_images"] == 60 + 13
+    assert found["status"] == "done"
     assert load_bundle(tmp_path / "r", trust_code=True)[1].classes == ("a", "b", "c", "z")
 
 

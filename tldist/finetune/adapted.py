@@ -239,6 +239,7 @@ def _save(run: _Run, model: nn.Module, seconds: float, notes: dict[str, Any]) ->
             seconds=round(seconds, 2),
             processes=run.team.size,
             precision=before.get("precision"),
+            train_images=before.get("train_images"),
             selected_step=None,
             validation=None if notes["adaptation"]["promoted"] else before.get("validation"),
             **notes,
