@@ -68,6 +68,7 @@ def work(settings: dict[str, Any], words: Path) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     torch.set_num_threads(1)
+    os.environ.update(TLDIST_TEST_TRACE=os.devnull, TLDIST_TEST_STEP_SECONDS="0.01")  # time to be killed
     print(api.finetune(**settings).text, flush=True)
 
 
