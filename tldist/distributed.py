@@ -114,6 +114,20 @@ class Team:
         dist.all_gather_object(values, value)
         return values
 
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, by rank; each may have another number of them, also none.
+
+        Gradients come back to a process's own rows alone, without a word to the others: it is for what all
+        processes compute alike from all rows, whose gradient each of them has whole.
+
+        Args:
+            rows: (N, ...) on the team's device; the same shape but for N on all processes.
+        """
+        if self.size == 1:
+            return rows
+        gathered: torch.Tensor = _GatheredRows.apply(rows, self)
+        return gathered
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Let the main process do something and give its result to all; its error is raised on all."""
         if self.size == 1:
@@ -171,6 +185,26 @@ class Team:
         """Wait until all processes are here."""
         if self.size > 1:
             dist.barrier()
+
+
+class _GatheredRows(torch.autograd.Function):
+    """See `Team.gather_rows`."""
+
+    @staticmethod
+    def forward(context: Any, rows: torch.Tensor, team: Team) -> torch.Tensor:
+        counts = torch.zeros(team.size, dtype=torch.int64, device=rows.device)
+        counts[team.rank] = len(rows)
+        sizes = team.sum(counts).tolist()
+        context.start, context.count = sum(sizes[: team.rank]), len(rows)
+        padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # the collective wants equal shapes
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(team.size)]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient[context.start : context.start + context.count], None
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tldist.data.order import blocks_of, epoch_order, plan_steps, share, steps_per_epoch
+from tldist.data.order import (
+    StepPlan,
+    blocks_of,
+    epoch_order,
+    plan_beside,
+    plan_steps,
+    share,
+    steps_per_epoch,
+)
 
 sizes = st.integers(1, 60)
 
@@ -79,3 +88,34 @@ def test_blocks_of__batches_are_those_of_one_process(size: int, batch: int, rank
     parts = [blocks_of(size, batch, rank, ranks) for rank in range(ranks)]
     dealt = [parts[k % ranks][k // ranks].tolist() for k in range(len(alone))]
     assert dealt == alone
+
+
+# -- a second domain beside the first ----------------------------------------------------------------------
+
+
+def besides(size: int, batch_size: int, first_step: int = 0, rank: int = 0, ranks: int = 1) -> list[StepPlan]:
+    plans = plan_steps(
+        size=20, batch_size=batch_size, seed=1, epochs=4, first_step=first_step, rank=rank, ranks=ranks
+    )
+    return list(plan_beside(plans, size=size, batch_size=batch_size, seed=1, rank=rank, ranks=ranks))
+
+
+@pytest.mark.parametrize("size", [2, 7, 8, 9, 30])
+def test_beside__whole_batches_without_a_repeat_in_an_epoch_of_its_own(size: int) -> None:
+    plans = besides(size, 8)
+    taken = min(8, size)
+    assert [plan.step for plan in plans] == list(range(12))
+    assert all(len(set(plan.indices.tolist())) == taken == plan.total for plan in plans)
+    for epoch in {plan.epoch for plan in plans}:
+        seen = [i for plan in plans if plan.epoch == epoch for i in plan.indices.tolist()]
+        assert len(set(seen)) == len(seen)
+    assert plans[0].indices.tolist() != besides(size, 8, first_step=6)[0].indices.tolist() or size == 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("first_step", [0, 5])
+def test_beside__depends_on_seed_and_step_alone(ranks: int, first_step: int) -> None:
+    whole = {plan.step: plan.indices.tolist() for plan in besides(13, 8)}
+    shares = [besides(13, 8, first_step, rank, ranks) for rank in range(ranks)]
+    for plans in zip(*shares):
+        assert [i for plan in plans for i in plan.indices.tolist()] == whole[plans[0].step]

@@ -24,9 +24,9 @@ from tldist.bundle import BundleConfig, read_bundle
 from tldist.data.loader import load_batches
 from tldist.domain import open_domain
 from tldist.errors import BundleError, DomainError, ModelError, RecipeError
-from tldist.fuse.batchnorm import even_batches
 from tldist.models.load import input_tensor, load_bundle, save_bundle
 from tldist.models.zoo import describe_network
+from tldist.training.batchnorm import even_batches
 
 NAMES = ("1", "2", "12")
 

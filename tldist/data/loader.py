@@ -31,6 +31,7 @@ class Batch:
         valid: bool (N,), False for broken images and for the filler of an empty share.
         broken: (index, reason) of the broken images.
         step: the step this batch belongs to; None in evaluation.
+        beside: images of a second domain in the same step; None: there is none.
     """
 
     images: Tensor
@@ -39,6 +40,7 @@ class Batch:
     valid: Tensor
     broken: list[tuple[int, str]]
     step: StepPlan | None = None
+    beside: Batch | None = None
 
     def pin_memory(self) -> Batch:
         """Called by the loader where a GPU waits."""

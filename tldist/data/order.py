@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +62,31 @@ def plan_steps(
         for place in range(start, per_epoch):
             batch = order[place * batch_size : (place + 1) * batch_size]
             yield StepPlan(epoch * per_epoch + place, epoch, len(batch), share(batch, rank, ranks))
+
+
+def plan_beside(
+    plans: Iterable[StepPlan], *, size: int, batch_size: int, seed: int, rank: int, ranks: int
+) -> Iterator[StepPlan]:
+    """The images of a second domain that go with the steps of a first, as one process sees them.
+
+    It is walked through in epochs of its own, in whole batches; what an epoch's last batch lacks is left to
+    the next epoch. What goes with a step depends on the seed and the step's number alone.
+
+    Args:
+        plans: steps of the first domain.
+        size: of the second.
+        batch_size: images of the second in a step, over all processes; all of them where there are fewer.
+        seed: of its order.
+        rank, ranks: of the process.
+    """
+    taken = min(size, batch_size)
+    order, known = np.empty(0, dtype=np.int64), -1
+    for plan in plans:
+        epoch, place = divmod(plan.step, size // taken)
+        if epoch != known:
+            order, known = epoch_order(seed_of("beside", seed), epoch, size), epoch
+        batch = order[place * taken : (place + 1) * taken]
+        yield StepPlan(plan.step, epoch, taken, share(batch, rank, ranks))
 
 
 def blocks_of(size: int, batch_size: int, rank: int, ranks: int) -> Sequence[np.ndarray]:

@@ -8,18 +8,21 @@ from pathlib import Path
 
 from tldist.domain.folder import open_folder
 from tldist.domain.index import Domain, natural_key, sort_names
+from tldist.domain.join import join
 from tldist.domain.parquet import open_parquet
 from tldist.domain.recipe import DataRecipe
+from tldist.domain.seal import seal
 from tldist.errors import DomainError
 
-__all__ = ["DataRecipe", "Domain", "natural_key", "open_domain", "sort_names"]
+__all__ = ["DataRecipe", "Domain", "join", "natural_key", "open_domain", "seal", "sort_names"]
 
 
-def open_domain(data: DataRecipe | str | Path) -> Domain:
+def open_domain(data: DataRecipe | str | Path, *, sealed: bool = False) -> Domain:
     """Open a domain: a folder of images, or a Parquet file, glob or folder.
 
     Args:
         data: the settings, or just the path.
+        sealed: give a view without labels (see `seal`); ``limit`` then does not spread over the classes.
 
     Returns:
         The index of its samples, narrowed to ``split`` and ``limit``.
@@ -28,7 +31,10 @@ def open_domain(data: DataRecipe | str | Path) -> Domain:
         DomainError: it is not there, empty, or inconsistent.
     """
     recipe = data if isinstance(data, DataRecipe) else DataRecipe.make(path=str(data))
-    domain = replace(_open(recipe), max_bad=recipe.max_bad)
+    parts = [_open(recipe), *(_open(recipe.replace(path=path, also=())) for path in recipe.also)]
+    domain = replace(join(parts) if recipe.also else parts[0], max_bad=recipe.max_bad)
+    if sealed:
+        domain = seal(domain)
     if recipe.split is not None:
         domain = domain.split(recipe.split)
     return domain.limited(recipe.limit)

@@ -17,6 +17,8 @@ class DataRecipe(Recipe):
     path: Free[str]
     """Folder with a folder of images a class (optionally below train/, val/, test/), or a Parquet file or
     glob. It may move between two starts: the content is what identifies it."""
+    also: Free[tuple[str, ...]] = ()
+    """More of them, joined to it as one domain (several sources): their classes are matched by name."""
     split: str | None = None
     """Only this split (train, val or test); none: the one that the stage takes by itself."""
     limit: int | None = Field(default=None, ge=1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tldist.data.loader import load_batches
 from tldist.errors import ModelError
+from tldist.finetune.adapted_words import adaptation_values, adaptation_words
 from tldist.finetune.guards import Guards, below_probe
 from tldist.finetune.job import Job
 from tldist.finetune.stage import Work
@@ -18,11 +19,20 @@ from tldist.models.load import hash_tensors, input_tensor, save_bundle
 from tldist.progress import warn
 from tldist.runs import BUNDLE, Outcome, RunFolder
 from tldist.training.calibrate import calibrate
+from tldist.training.checkpoint import Checkpoint
 from tldist.training.ledger import LEDGER
 from tldist.training.measure import Measurement
 
 
-def finish(job: Job, work: Work | None, guards: Guards, seconds: float) -> None:
+def finish(
+    job: Job,
+    work: Work | None,
+    guards: Guards,
+    seconds: float,
+    *,
+    checkpoint: Checkpoint | None = None,
+    notes: dict[str, Any] | None = None,
+) -> None:
     """Write ``RUN/bundle`` and ``RUN/summary.json``; called by all processes together.
 
     Args:
@@ -30,11 +40,13 @@ def finish(job: Job, work: Work | None, guards: Guards, seconds: float) -> None:
         work: of its last phase; None where nothing was left to do.
         guards: what was found before the first step.
         seconds: that it took.
+        checkpoint: whose weights are the result; None: as the recipe's ``select`` says.
+        notes: more for the summary.
 
     Raises:
         ModelError: a frozen tensor has changed.
     """
-    step = _select(job)
+    step = _select(job, checkpoint)
     frozen = prove_frozen(job)
     lora = job.adapters.merge(_some_inputs(job)) if job.adapters else None
     validation, sweep = _measure_result(job, work) if job.inputs.validation else (None, None)
@@ -71,14 +83,15 @@ def finish(job: Job, work: Work | None, guards: Guards, seconds: float) -> None:
             validation=validation.to_dict() if validation else None,
             calibration=calibration,
             sweep=sweep,
+            **(notes or {}),
         )
 
     job.team.on_main(write)
 
 
-def _select(job: Job) -> int:
+def _select(job: Job, checkpoint: Checkpoint | None) -> int:
     """Load the weights that become the bundle; returns the step that they are from."""
-    checkpoint = job.state.kept(job.recipe.select == "best")
+    checkpoint = checkpoint or job.state.kept(job.recipe.select == "best")
     job.model.load_state_dict(checkpoint.result(), strict=False)
     return checkpoint.step
 
@@ -136,6 +149,7 @@ def _lineage(job: Job) -> dict[str, Any]:
         **job.inputs.start.config.lineage,
         "data": domain.name,
         "data_fingerprint": domain.fingerprint,
+        **({"adapted_to": job.inputs.target.name} if job.inputs.target else {}),
         "train_images": len(domain),
         "recipe": job.recipe.model_dump(mode="json"),
     }
@@ -160,6 +174,7 @@ def outcome_of(folder: RunFolder, note: str = "") -> Outcome:
         below = below_probe(validation["accuracy"], summary.get("linear_probe"))
         if below:
             lines.append(f"warning: that is {below}.")
+    lines += adaptation_words(summary)
     if summary.get("broken_images"):
         warn(f"{summary['broken_images']} broken images were skipped: {folder.path / LEDGER}")
     bundle = folder.path / BUNDLE
@@ -169,6 +184,7 @@ def outcome_of(folder: RunFolder, note: str = "") -> Outcome:
         **{name: summary.get(name) for name in ("steps", "seconds", "processes", "precision")},
         "linear_probe": (summary.get("linear_probe") or {}).get("accuracy"),
         "duplicates": summary.get("duplicates"),
+        **adaptation_values(summary),
     }
     following = f"tldist export {bundle} profile=cpu-fp32 out={folder.path}/package"
     return Outcome("finetune", folder.path, values, "\n".join(lines), following)

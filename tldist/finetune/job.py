@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from tldist.distributed import Team
+from tldist.finetune.adapt import Adaptation
 from tldist.finetune.frozen import CachedFeatures, FrozenPart
 from tldist.finetune.inputs import Inputs
 from tldist.finetune.phases import Phase
@@ -41,6 +42,7 @@ class Job:
         frozen_before: their hash.
         adapters: LoRA, until they are merged.
         pull, average: L2-SP and the moving average of the weights, over all phases.
+        adaptation: to a target domain, if any.
         state: where the training stands.
         resumed: the checkpoint that it goes on from, until its optimiser's state is taken over.
         stop: whether this process was asked to stop.
@@ -62,6 +64,7 @@ class Job:
     adapters: Adapters | None
     pull: PullToStart | None
     average: AveragedModel | None
+    adaptation: Adaptation | None
     state: Fit
     resumed: Checkpoint | None
     stop: StopFlag

@@ -33,15 +33,26 @@ def show_job(job: Job, planned: list[Planned]) -> None:
         "frozen part": "; then ".join(f"computed {words}" for _, _, words in planned if words),
         "classes": f"{len(inputs.classes)}{several} ({start.known_rows} known to the model by name)",
         "images": f"{len(inputs.train):,} to learn from, {held}",
+        "adapts": _adapts(job),
         "steps": f"{job.state.total_steps:,} of {recipe.batch_size} images ({job.state.epochs} epochs)",
         "processes": f"{team.size} on {team.device.type}, each with {threads} and {job.workers} to decode",
         "precision": f"{job.numerics.precision}{layout} ({job.numerics.reason})",
         "memory": max((_memory(job, phase, part) for phase, part, _ in planned), key=lambda m: m.total),
         "out": recipe.out,
     }
-    if not rows["frozen part"]:
-        del rows["frozen part"]
-    show_plan("finetune", rows)
+    show_plan("finetune", {name: words for name, words in rows.items() if words != ""})
+
+
+def _adapts(job: Job) -> str:
+    """How, and to what; nothing where it does not."""
+    if job.adaptation is None or job.recipe.adapt.target is None:
+        return ""
+    settings, target = job.recipe.adapt, job.adaptation.target
+    labels = "sealed" if job.recipe.adapt.target.labels == "sealed" else "USED to choose"
+    return (
+        f"{settings.method}, weight {job.adaptation.weight:g}, to {len(target):,} images of {target.name}, "
+        f"whose labels are {labels}"
+    )
 
 
 def _memory(job: Job, phase: Phase, part: FrozenPart | None) -> MemoryEstimate:

@@ -7,9 +7,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from tldist.data.loader import num_workers
-from tldist.data.order import seed_of
+from tldist.data.order import seed_of, steps_per_epoch
 from tldist.distributed import Team
 from tldist.errors import MachineError, RecipeError
+from tldist.finetune.adapt import build_adaptation, candidate_steps
 from tldist.finetune.inputs import Inputs
 from tldist.finetune.job import Job
 from tldist.finetune.phases import plan_phases, total_epochs
@@ -61,6 +62,10 @@ def prepare(recipe: FinetuneRecipe, team: Team, journal: Journal, inputs: Inputs
         everywhere = [block for live in learning.values() for block in live]
         adapters = _adapt(recipe, model, everywhere, blocks[-1], (how.height, how.width))
         learning = {phase: adapters.beside(live, blocks[-1]) for phase, live in learning.items()}
+    adaptation = build_adaptation(recipe, inputs, learning.values(), blocks[-1])
+    if adaptation and adaptation.method.keeps_head:
+        learning = {phase: [b for b in live if b is not blocks[-1]] for phase, live in learning.items()}
+    auxiliary = adaptation.auxiliary.to(team.device) if adaptation and adaptation.auxiliary else None
     resting = [frozen_tensors(model, freeze(model, live)) for live in learning.values()]
     frozen_names = [name for name in resting[0] if all(name in names for names in resting[1:])]
     last = freeze(model, learning[phases[-1]])
@@ -82,7 +87,7 @@ def prepare(recipe: FinetuneRecipe, team: Team, journal: Journal, inputs: Inputs
     strength = recipe.optimizer.l2_sp
     pull = PullToStart(model, backbone, strength) if strength else None
     average = _average(model, recipe.ema) if recipe.ema else None
-    position, resumed = resume(folder, team, model, average)
+    position, resumed = resume(folder, team, model, average, auxiliary)
     return Job(
         recipe=recipe,
         team=team,
@@ -100,6 +105,7 @@ def prepare(recipe: FinetuneRecipe, team: Team, journal: Journal, inputs: Inputs
         adapters=adapters,
         pull=pull,
         average=average,
+        adaptation=adaptation,
         state=_state(recipe, team, journal, inputs, position, frozen_names),
         stop=stop,
         resumed=resumed,
@@ -113,6 +119,7 @@ def _check_shardable(recipe: FinetuneRecipe) -> None:
         "optimizer.l2_sp": recipe.optimizer.l2_sp > 0,
         "lora.rank": recipe.lora.rank > 0,
         "compile": recipe.compile,
+        "adapt.method": recipe.adapt.is_on,
     }
     refused = [name for name, is_asked in asked.items() if is_asked]
     if refused:
@@ -148,7 +155,9 @@ def _state(
     position: Position,
     frozen: list[str],
 ) -> Fit:
-    folder = journal.folder
+    folder, epochs = journal.folder, total_epochs(recipe)
+    epoch_steps = steps_per_epoch(len(inputs.train), recipe.batch_size)
+    candidates = candidate_steps(recipe.adapt.candidates, epochs, epoch_steps) if inputs.target else {}
     ledger = Ledger(inputs.train, folder.path / LEDGER)
     ledger.found = {int(index): reason for index, reason in position.broken.items()}
     return Fit(
@@ -158,9 +167,9 @@ def _state(
         ledger=ledger,
         images=len(inputs.train),
         batch_size=recipe.batch_size,
-        epochs=total_epochs(recipe),
+        epochs=epochs,
         validates=inputs.validation is not None,
         every_steps=recipe.checkpoint.every_steps,
-        saver=Saver(folder.path / CHECKPOINTS, recipe.checkpoint.keep, frozen, team),
+        saver=Saver(folder.path / CHECKPOINTS, recipe.checkpoint.keep, frozen, team, candidates.values()),
         patience=recipe.patience,
     )

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from tldist.adaptation.recipe import AdaptRecipe
 from tldist.data.recipe import ViewRecipe
 from tldist.domain.recipe import DataRecipe
 from tldist.recipe import Extendable, Free, Recipe
@@ -131,8 +132,9 @@ class FinetuneRecipe(Recipe):
 
     inputs: ClassVar[tuple[str, ...]] = ()
 
-    data: DataRecipe
-    """The target domain: its train split learns, its val split (or a part held out) chooses the best."""
+    data: DataRecipe | None = None
+    """The domain to learn from: its train split learns, its val split (or a part held out) chooses the best.
+    With adapt.method it is the source; adabn and shot do without it where model= is a bundle."""
     model: str
     """A torchvision name (`tldist models`), timm/NAME, a bundle or run to go on from, or
     package.module:function."""
@@ -194,6 +196,7 @@ class FinetuneRecipe(Recipe):
     sweep: SweepRecipe = SweepRecipe()
     lora: LoraRecipe = LoraRecipe()
     guard: GuardRecipe = GuardRecipe()
+    adapt: AdaptRecipe = AdaptRecipe()
     track: Free[tuple[str, ...] | None] = ("tensorboard",)
     """Where the numbers of metrics.jsonl go too, through Accelerate: tensorboard (in RUN/tensorboard), wandb,
     mlflow, comet_ml, aim, clearml, dvclive, swanlab, trackio; none: nowhere."""
@@ -201,6 +204,32 @@ class FinetuneRecipe(Recipe):
     """Processes that decode images for each training process; none: by the number of cores."""
     trust_code: Free[bool] = False
     """Run code that a bundle names (package.module:function)."""
+
+    @model_validator(mode="after")
+    def _check_adapt(self) -> Self:
+        if self.data is None and not self.adapt.is_source_free:
+            raise ValueError("data= is missing: the domain to learn from")
+        if not self.adapt.is_on:
+            return self
+        asked = {
+            "sweep.*": self.sweep.is_on,
+            "augment.mixup": self.augment.mixup > 0,
+            "augment.cutmix": self.augment.cutmix > 0,
+            "gradient_accumulation": self.gradient_accumulation > 1,
+            "compile": self.compile,
+            "patience": self.patience is not None,
+        }
+        refused = [name for name, is_asked in asked.items() if is_asked]
+        if refused:
+            raise ValueError(
+                f"{', '.join(refused)}: not with adapt.method, whose loss is of all images of a step in both "
+                f"domains, and whose epochs the source does not judge. Leave it out"
+            )
+        if self.adapt.is_source_free and self.class_weights != "none":
+            raise ValueError(
+                f"class_weights={self.class_weights}: adapt.method={self.adapt.method} has no labels to weigh"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_train(self) -> Self:

@@ -11,18 +11,26 @@ from torch.utils.checkpoint import checkpoint
 
 from tldist.data.augment import Augmentation
 from tldist.data.loader import Batch, load_batches
-from tldist.data.order import StepPlan
+from tldist.data.order import StepPlan, plan_beside
 from tldist.domain import Domain
+from tldist.finetune.adapt import beside
 from tldist.finetune.frozen import CachedFeatures, FrozenPart, load_frozen, plan_frozen
 from tldist.finetune.job import Job
 from tldist.finetune.phases import Phase
+from tldist.finetune.pseudo import with_pseudo_labels
 from tldist.finetune.sweep import best_probe, each_probe, probe_rates, sweep_settings
 from tldist.models.blocks import Block, freeze, frozen_tensors
 from tldist.models.load import input_tensor
 from tldist.training.fit import restore_learner
 from tldist.training.loop import Learner
 from tldist.training.measure import Measurement
-from tldist.training.objective import balanced_weights, binary_cross_entropy, build_mix, cross_entropy
+from tldist.training.objective import (
+    Objective,
+    balanced_weights,
+    binary_cross_entropy,
+    build_mix,
+    cross_entropy,
+)
 from tldist.training.optim import build_optimizer, layer_scales, learning_rate
 
 
@@ -32,27 +40,37 @@ class Work:
 
     Attributes:
         learner: what learns.
-        train, validation: features in the place of images, where the frozen part is computed once.
+        train, validation, target: features in the place of images, where the frozen part is computed once.
     """
 
     learner: Learner
     train: CachedFeatures | None
     validation: CachedFeatures | None
     part: FrozenPart | None
+    target: CachedFeatures | None = None
 
-    def batches(self, job: Job, plans: Iterable[StepPlan]) -> Iterator[Batch]:
-        """Batches of the train domain: decoded and augmented images, or cached features."""
-        if self.train:
-            return self.train.batches(plans)
-        return load_batches(
-            job.inputs.train,
-            plans,
-            job.inputs.how,
-            classes=job.inputs.classes,
-            augmentation=Augmentation.of(job.recipe.augment),
-            views=job.recipe.augment.views,
-            seed=job.recipe.seed,
-            workers=job.workers,
+    def batches(self, job: Job, plan: Callable[[], Iterable[StepPlan]]) -> Iterator[Batch]:
+        """Batches of the train domain, and of the target beside it where there is one: decoded and augmented
+        images, or cached features.
+
+        Args:
+            job: the fine-tuning.
+            plan: gives the steps of the train domain; each call the same.
+        """
+        target = job.adaptation.target if job.adaptation else None
+        if target is None:
+            return _load_batches(job, job.inputs.train, self.train, plan(), job.workers)
+        if job.recipe.adapt.is_source_free:
+            batches = _load_batches(job, job.inputs.train, self.train, plan(), job.workers)
+            return with_pseudo_labels(job, batches) if job.recipe.adapt.pseudo_labels else batches
+        plans = plan_beside(
+            plan(), size=len(target), batch_size=job.recipe.batch_size, seed=job.recipe.seed,
+            rank=job.team.rank, ranks=job.team.size,
+        )  # fmt: skip
+        workers = -(-job.workers // 2)  # for each of the two
+        return beside(
+            _load_batches(job, job.inputs.train, self.train, plan(), workers),
+            _load_batches(job, target, self.target, plans, workers),
         )
 
     def validate(self, job: Job, label: str) -> Measurement:
@@ -76,12 +94,30 @@ class Work:
         return [self.measure(job, label, probe=place) for place in range(len(sweep_settings(job.recipe)))]
 
 
+def _load_batches(
+    job: Job, domain: Domain, cached: CachedFeatures | None, plans: Iterable[StepPlan], workers: int
+) -> Iterator[Batch]:
+    if cached:
+        return cached.batches(plans)
+    return load_batches(
+        domain,
+        plans,
+        job.inputs.how,
+        classes=job.inputs.classes,
+        augmentation=Augmentation.of(job.recipe.augment),
+        views=job.recipe.augment.views,
+        seed=job.recipe.seed,
+        workers=workers,
+    )
+
+
 def plan_part(job: Job, phase: Phase) -> tuple[FrozenPart | None, str]:
     """Whether a phase's frozen part is computed once, and why or why not; the same on all processes."""
     learning = job.learning[phase]
     if not frozen_tensors(job.model, freeze(job.model, learning)):
         return None, ""
-    images = (len(job.inputs.train), len(job.inputs.validation) if job.inputs.validation else 0)
+    learned = len(job.inputs.train) + (len(job.adaptation.target) if job.adaptation else 0)
+    images = (learned, len(job.inputs.validation) if job.inputs.validation else 0)
     epochs = phase.last_epoch - phase.first_epoch
     part, words = plan_frozen(job.recipe, epochs, job.model, job.blocks, learning, job.inputs.how, images)
     refusals = [other for able, other in job.team.gather((part is not None, words)) if not able]
@@ -100,9 +136,11 @@ def enter(job: Job, phase: Phase, part: FrozenPart | None) -> Work:
     train = _load(job, part, job.inputs.train, True) if part else None
     held = job.inputs.validation
     validation = _load(job, part, held, False) if part and held else None
+    other = job.adaptation.target if job.adaptation and not job.recipe.adapt.is_source_free else None
+    target = _load(job, part, other, True) if part and other else None
     if part:
         torch.set_num_threads(job.cores)  # nothing is decoded from here on
-    return Work(learner, train, validation, part)
+    return Work(learner, train, validation, part, target)
 
 
 def _load(job: Job, part: FrozenPart, domain: Domain, training: bool) -> CachedFeatures:
@@ -124,6 +162,7 @@ def _build_learner(
     job: Job, phase: Phase, learning: list[Block], frozen: list[nn.Module], part: FrozenPart | None
 ) -> Learner:
     recipe, rule, model, how = job.recipe, job.recipe.optimizer, job.model, job.inputs.how
+    adaptation, objective = job.adaptation, _objective(job)
     pulled = job.pull is not None and phase.train != "head"
     count = len(sweep_settings(recipe))
     scales = layer_scales(model, job.blocks, rule.layer_decay) if rule.layer_decay else {}
@@ -143,15 +182,13 @@ def _build_learner(
         undecayed=_backbone_names(job) if pulled else frozenset(),
         decays=decays,
         fused=not job.team.shards,
-    )
-    objective = (
-        binary_cross_entropy(recipe.label_smoothing)
-        if job.inputs.train.is_multilabel
-        else cross_entropy(recipe.label_smoothing, _class_weights(job))
+        auxiliary=adaptation.auxiliary if adaptation else None,
     )
     runs = part.suffix if part else model
     if recipe.gradient_checkpointing:
         _recompute(model, learning)
+    if adaptation:
+        runs = adaptation.wrap(runs, model)
     wrapped, wrapped_optimizer = accelerator.prepare(
         torch.compile(runs) if recipe.compile else runs, optimizer
     )
@@ -183,8 +220,22 @@ def _build_learner(
         else None,
         pull=job.pull if pulled else None,
         average=job.average,
+        transfer=adaptation.transfer(job.team, len(job.inputs.train) * job.state.epochs)
+        if adaptation
+        else None,
+        auxiliary=adaptation.auxiliary if adaptation else None,
         before_change=job.state.saver.settle,
     )
+
+
+def _objective(job: Job) -> Objective:
+    recipe = job.recipe
+    if recipe.adapt.is_source_free:
+        plain = cross_entropy()
+        return lambda logits, labels: recipe.adapt.pseudo_labels * plain(logits, labels)
+    if job.inputs.train.is_multilabel:
+        return binary_cross_entropy(recipe.label_smoothing)
+    return cross_entropy(recipe.label_smoothing, _class_weights(job))
 
 
 def _backbone_names(job: Job) -> frozenset[str]:

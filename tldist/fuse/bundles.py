@@ -13,7 +13,6 @@ from tldist.distributed import Team
 from tldist.domain import open_domain
 from tldist.files import canonical_json, sha256_text
 from tldist.fuse.aids import with_aids
-from tldist.fuse.batchnorm import batchnorm_layers
 from tldist.fuse.composites import fuse_features, fuse_outputs
 from tldist.fuse.distilled import fuse_by_distillation
 from tldist.fuse.in_weights import clear_work, fuse_in_weights, whole_merge
@@ -36,6 +35,7 @@ from tldist.fuse.verdict import outcome_of
 from tldist.models.load import save_bundle
 from tldist.progress import warn
 from tldist.runs import BUNDLE, Outcome, RunFolder, open_run, recorded
+from tldist.training.batchnorm import batchnorm_layers
 from tldist.training.measure import Measurement
 
 FAMILIES: dict[str, Callable[[Job], Fused]] = {

@@ -9,10 +9,10 @@ from torch import nn
 
 from tldist.bundle import BundleConfig
 from tldist.errors import RecipeError
-from tldist.fuse.batchnorm import batchnorm_layers, reestimate
 from tldist.fuse.job import Job
 from tldist.fuse.statistics.repair import channel_statistics, check_repairable, mean_statistics, repair
 from tldist.progress import say, warn
+from tldist.training.batchnorm import batchnorm_layers, reestimate
 from tldist.training.ledger import LEDGER, Ledger
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tldist import pictures
+from tldist.report.adaptation import adaptation_notes, adaptation_tables
 from tldist.report.fusion import choice_pictures, choice_tables
 from tldist.report.page import Confusion, Picture, Section, Table
 from tldist.report.text import facts, is_number, name_of, read_mapping, read_settings, short, show
@@ -58,7 +59,12 @@ def read_stage(folder: Path) -> Section:
             *_curves(RunFolder(folder, stage).read_metrics(), summary.get("selected_step")),
             *choice_pictures(summary),
         ],
-        tables=[*_measurements(measured), *choice_tables(summary), *_confusion_tables(measured[-1:])],
+        tables=[
+            *_measurements(measured),
+            *choice_tables(summary),
+            *adaptation_tables(summary),
+            *_confusion_tables(measured[-1:]),
+        ],
         confusions=list(_confusions(measured[-1:])),
         settings=read_settings(folder),
     )
@@ -89,6 +95,7 @@ def _headline(last: dict[str, Any]) -> str:
 def _notes(summary: dict[str, Any]) -> Iterator[str]:
     if summary.get("reason"):
         yield str(summary["reason"])
+    yield from adaptation_notes(summary)
     duplicates = summary.get("duplicates")
     if isinstance(duplicates, dict) and duplicates:
         found = ", ".join(f"{show(count)} {name}" for name, count in sorted(duplicates.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tldist.models.load import save_tensors
 from tldist.progress import warn
 
 MODEL, OPTIMIZER, STATE, COMMIT = "model.safetensors", "optimizer.safetensors", "state.json", "COMMIT"
-AVERAGE = "average.safetensors"
+AVERAGE, AUXILIARY = "average.safetensors", "auxiliary.safetensors"
 
 
 @dataclass
@@ -92,7 +92,7 @@ def save_checkpoint(folder: Path, state: Mapping[str, dict[str, Tensor]], positi
 
     Args:
         folder: of all checkpoints.
-        state: tensors by file name (`MODEL`, `OPTIMIZER`, `AVERAGE`).
+        state: tensors by file name (`MODEL`, `OPTIMIZER`, `AVERAGE`, `AUXILIARY`).
         position: where the run stands.
     """
     path = folder / f"step-{position.step:08d}"
@@ -119,16 +119,23 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return next((found for found in reversed(list_checkpoints(folder)) if found.is_whole()), None)
 
 
-def retain(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` and the best."""
+def retain(folder: Path, keep: int, best_step: int | None, candidates: Collection[int] = ()) -> None:
+    """Remove all but the newest ``keep``, the best, and those of the steps ``candidates``."""
     found = list_checkpoints(folder)
     for checkpoint in found[:-keep]:
-        if checkpoint.step != best_step:
+        if checkpoint.step != best_step and checkpoint.step not in candidates:
             shutil.rmtree(checkpoint.path)
 
 
-def restore_weights(checkpoint: Checkpoint, model: nn.Module, average: AveragedModel | None) -> None:
-    """Load the weights, and their average where it is kept; frozen ones are there already."""
+def restore_weights(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    average: AveragedModel | None,
+    auxiliary: nn.Module | None = None,
+) -> None:
+    """Load the weights, their average where it is kept, what learns beside; frozen ones are there already."""
     model.load_state_dict(checkpoint.tensors(MODEL), strict=False)
     if average is not None:
         average.load_state_dict(checkpoint.tensors(AVERAGE), strict=False)
+    if auxiliary is not None:
+        auxiliary.load_state_dict(checkpoint.tensors(AUXILIARY))

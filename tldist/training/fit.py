@@ -142,9 +142,14 @@ class Fit:
 
 
 def resume(
-    folder: RunFolder, team: Team, model: nn.Module, average: AveragedModel | None
+    folder: RunFolder,
+    team: Team,
+    model: nn.Module,
+    average: AveragedModel | None,
+    auxiliary: nn.Module | None = None,
 ) -> tuple[Position, Checkpoint | None]:
-    """Load weights and their average from the newest whole checkpoint; called by all processes together.
+    """Load weights, their average and what learns beside from the newest whole checkpoint; called by all
+    processes together.
 
     Returns:
         Where the run stands, and the checkpoint (for the optimiser's state), if there is one.
@@ -155,13 +160,14 @@ def resume(
     if found is None:
         return Position(), None
     say(f"goes on after step {found.step:,} ({found.path})")
-    restore_weights(found, model, average)
+    restore_weights(found, model, average, auxiliary)
     return found.position(), found
 
 
 def restore_learner(checkpoint: Checkpoint, learner: Learner) -> None:
     """Load the optimiser's state, and that of fp16's loss scaling."""
-    load_optimizer_tensors(learner.bare_optimizer, learner.model, checkpoint.tensors(OPTIMIZER))
+    tensors = checkpoint.tensors(OPTIMIZER)
+    load_optimizer_tensors(learner.bare_optimizer, learner.model, tensors, learner.auxiliary)
     scaler = checkpoint.position().scaler
     if learner.accelerator.scaler is not None and scaler:
         learner.accelerator.scaler.load_state_dict(scaler)
@@ -265,4 +271,5 @@ def _save(state: Fit, learner: Learner) -> None:
     position.broken = {str(index): reason for index, reason in state.ledger.found.items()}
     if learner.accelerator.scaler is not None:
         position.scaler = learner.accelerator.scaler.state_dict()
-    state.saver.save(learner.model, learner.bare_optimizer, learner.average, position)
+    saver = state.saver
+    saver.save(learner.model, learner.bare_optimizer, learner.average, position, learner.auxiliary)

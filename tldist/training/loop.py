@@ -23,6 +23,7 @@ from tldist.models.blocks import training_mode
 from tldist.training.objective import Objective
 from tldist.training.optim import PullToStart
 from tldist.training.signals import StopFlag
+from tldist.training.transfer import Others, Transfer, logits_of
 
 Mix = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Images (N, ...) and labels (N,) to mixed images and label probabilities (N, K)."""
@@ -48,6 +49,8 @@ class Learner:
         mix: mixup or cutmix, on the batch, on the device.
         pull: L2-SP.
         average: exponential moving average of the weights.
+        transfer: adaptation to a target domain; ``wrapped`` is then a `tldist.adaptation.network.Adapting`.
+        auxiliary: what learns beside the model, and is no part of the result.
         before_change: called before the weights change: a save may still be reading them.
     """
 
@@ -67,6 +70,8 @@ class Learner:
     mix: Mix | None = None
     pull: PullToStart | None = None
     average: AveragedModel | None = None
+    transfer: Transfer | None = None
+    auxiliary: nn.Module | None = None
     before_change: Callable[[], None] = lambda: None
 
     @contextmanager
@@ -93,6 +98,9 @@ class Step:
         loss_sum: float64 (), of this process's valid samples; on the device.
         counts: float64 (2,), over all processes: valid samples of the step, processes asked to stop.
         lr: the learning rate used.
+        transfer: float64 (), the loss of the adaptation, weighted, the same on all processes; None: there is
+            none.
+        strength: its weight in this step.
     """
 
     plan: StepPlan
@@ -100,6 +108,8 @@ class Step:
     loss_sum: Tensor
     counts: Tensor
     lr: float
+    transfer: Tensor | None = None
+    strength: float = 0.0
 
     @property
     def number(self) -> int:
@@ -141,18 +151,24 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
 
         # The same on all processes: a sharded model meets the others in each forward pass.
         pieces = min(learner.pieces, -(-plan.total // learner.team.size))
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        loss_sum, moved = torch.zeros((), dtype=torch.float64, device=device), None
+        transfer, done = learner.transfer, samples + plan.total / 2
+        others = transfer.others(batch, done, learner.to_input) if transfer else None
         for images, labels, weight, last in _pieces(batch, pieces, device):
             inputs: Tensor = learner.to_input(images)
             targets = labels
             if learner.mix is not None:
                 inputs, targets = learner.mix(inputs, labels)
             sync = nullcontext() if last else learner.accelerator.no_sync(learner.wrapped)
-            with sync, _normalised(norms, by_batch=len(images) > 1):
+            with sync, _normalised(norms, by_batch=_smallest(images, others) > 1):
                 with learner.accelerator.autocast():  # Accelerate does not wrap a sharded model's forward
-                    outputs = learner.wrapped(inputs)
-                losses = learner.objective(outputs.float(), targets) * weight
-                learner.accelerator.backward(losses.sum() * scale)
+                    outputs = learner.wrapped(inputs, *(others.arguments if others else ()))
+                losses = learner.objective(logits_of(outputs).float(), targets) * weight
+                loss = losses.sum() * scale
+                if transfer is not None and others is not None:
+                    moved = transfer.loss(outputs, labels, int(weight) * len(labels), others)
+                    loss = loss + moved * learner.team.size  # all have it whole: DDP's mean is to leave it
+                learner.accelerator.backward(loss)
             loss_sum += losses.detach().double().sum()
         if learner.pull is not None:
             learner.pull()
@@ -165,7 +181,13 @@ def train(learner: Learner, batches: Iterable[Batch], samples: int, stop: StopFl
             learner.average.update_parameters(learner.model)
 
         samples += plan.total
-        yield Step(plan, samples, loss_sum, counts, lr)
+        moved = None if moved is None else moved.detach().double()
+        yield Step(plan, samples, loss_sum, counts, lr, moved, others.strength if others else 0.0)
+
+
+def _smallest(images: Tensor, others: Others | None) -> int:
+    """Images of the smaller domain in this process's share."""
+    return len(images) if others is None or others.images is None else min(len(images), len(others.images))
 
 
 def _live_norms(learner: Learner) -> list[_BatchNorm]:

@@ -25,6 +25,7 @@ def build_optimizer(
     undecayed: frozenset[str] = frozenset(),
     decays: Mapping[str, float] | None = None,
     fused: bool = True,
+    auxiliary: nn.Module | None = None,
 ) -> Optimizer:
     """AdamW or SGD over what learns.
 
@@ -36,9 +37,10 @@ def build_optimizer(
         undecayed: names that are not decayed either.
         decays: weight decay by parameter name, ``weight_decay`` where it is not named.
         fused: step all parameters in one kernel; PyTorch's SGD cannot where they are spread over processes.
+        auxiliary: what learns beside the model.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter_name, parameter in model.named_parameters():
+    for parameter_name, parameter in named_parameters(model, auxiliary).items():
         if parameter.requires_grad:
             decay = (decays or {}).get(parameter_name, weight_decay)
             spared = parameter.dim() <= 1 or parameter_name in undecayed
@@ -110,9 +112,17 @@ class PullToStart:
                 parameter.grad.add_(parameter - start, alpha=self.strength)
 
 
-def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def named_parameters(model: nn.Module, auxiliary: nn.Module | None) -> dict[str, nn.Parameter]:
+    """The parameters of a model by name, and of what learns beside it as ``auxiliary:<name>``."""
+    beside = {} if auxiliary is None else dict(auxiliary.named_parameters())
+    return {**dict(model.named_parameters()), **{f"auxiliary:{name}": p for name, p in beside.items()}}
+
+
+def optimizer_tensors(
+    optimizer: Optimizer, model: nn.Module, auxiliary: nn.Module | None = None
+) -> dict[str, Tensor]:
     """The optimiser's state as tensors named ``<parameter>|<state>``."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in named_parameters(model, auxiliary).items()}
     return {
         f"{names[parameter]}|{key}": value if isinstance(value, Tensor) else torch.as_tensor(value)
         for parameter, state in optimizer.state.items()
@@ -121,9 +131,11 @@ def optimizer_tensors(optimizer: Optimizer, model: nn.Module) -> dict[str, Tenso
     }
 
 
-def load_optimizer_tensors(optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: Optimizer, model: nn.Module, tensors: dict[str, Tensor], auxiliary: nn.Module | None = None
+) -> None:
     """Put the state of `optimizer_tensors` back, each tensor beside its parameter, and spread as that is."""
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model, auxiliary)
     for name, tensor in tensors.items():
         parameter_name, _, key = name.rpartition("|")
         parameter = parameters[parameter_name]

@@ -14,7 +14,15 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from tldist.distributed import Team, whole
-from tldist.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, Position, retain, save_checkpoint
+from tldist.training.checkpoint import (
+    AUXILIARY,
+    AVERAGE,
+    MODEL,
+    OPTIMIZER,
+    Position,
+    retain,
+    save_checkpoint,
+)
 from tldist.training.optim import optimizer_tensors
 
 State = dict[str, dict[str, Tensor]]
@@ -28,10 +36,19 @@ class Saver:
         keep: newest checkpoints that stay, besides the best.
         frozen: names of tensors that never change: they are not saved, the run starts with them each time.
         team: the processes; all call together, the main one writes.
+        candidates: steps whose checkpoints stay too.
     """
 
-    def __init__(self, folder: Path, keep: int, frozen: Collection[str], team: Team) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        frozen: Collection[str],
+        team: Team,
+        candidates: Collection[int] = (),
+    ) -> None:
         self.folder, self.keep, self.frozen, self.team = folder, keep, frozenset(frozen), team
+        self.candidates = frozenset(candidates)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         self._copied = threading.Event()
@@ -39,7 +56,12 @@ class Saver:
         self._memory: State = {}
 
     def save(
-        self, model: nn.Module, optimizer: Optimizer, average: AveragedModel | None, position: Position
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        average: AveragedModel | None,
+        position: Position,
+        auxiliary: nn.Module | None = None,
     ) -> None:
         """Take the state of now and return; it is copied and written meanwhile.
 
@@ -52,8 +74,10 @@ class Saver:
         self.wait()
         state: State = {
             MODEL: self._moving(model.state_dict()),
-            OPTIMIZER: optimizer_tensors(optimizer, model),
+            OPTIMIZER: optimizer_tensors(optimizer, model, auxiliary),
         }
+        if auxiliary is not None:
+            state[AUXILIARY] = auxiliary.state_dict()
         if average is not None:
             state[AVERAGE] = self._moving(average.state_dict())
         buffers = {name for name, _ in model.named_buffers()}
@@ -103,4 +127,4 @@ class Saver:
         finally:
             self._copied.set()
         save_checkpoint(self.folder, state, position)
-        retain(self.folder, self.keep, position.best_step)
+        retain(self.folder, self.keep, position.best_step, self.candidates)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -45,6 +46,7 @@ class Window:
         counts = torch.stack([done.counts[0] for done in self.steps])
         if not bool(torch.isfinite(total).all()):
             self._explain(self.steps[int((~torch.isfinite(total)).nonzero()[0])])
+        moved = self._transfer_losses()
         count = float(counts.sum())
         loss = float(total.sum()) / max(1.0, count)
         seconds = time.perf_counter() - self.begin
@@ -54,6 +56,7 @@ class Window:
             samples=step.samples,
             loss=loss,
             lr=step.lr,
+            **({} if moved is None else {"transfer_loss": moved, "adapt_weight": step.strength}),
             images_per_second=round(count / seconds, 2),
             data_wait=round(self.waited / seconds, 4),
         )
@@ -64,6 +67,14 @@ class Window:
     def restart(self) -> None:
         """Count time from now on: what lies between the last line and now was no training."""
         self.begin, self.waited = time.perf_counter(), 0.0
+
+    def _transfer_losses(self) -> float | None:
+        """Mean loss of the adaptation, where there is one."""
+        losses = [(step, float(step.transfer)) for step in self.steps if step.transfer is not None]
+        for step, loss in losses:
+            if not math.isfinite(loss):
+                self._explain(step)
+        return sum(loss for _, loss in losses) / len(losses) if losses else None
 
     def _explain(self, step: Step) -> None:
         """Name the first bad step and its images; the same command reaches it again."""

@@ -16,11 +16,11 @@ from tldist.data.loader import load_batches
 from tldist.distributed import Team
 from tldist.domain import Domain
 from tldist.errors import DomainError, ModelError
-from tldist.fuse.batchnorm import even_batches
 from tldist.fuse.rebasin.spec import Group, Permutations, Spec, Tap, unit_rows
 from tldist.models.load import input_tensor
 from tldist.progress import progress_bar, warn
 from tldist.runtime.preprocess import Preprocessing
+from tldist.training.batchnorm import even_batches
 from tldist.training.ledger import Ledger
 
 _Watched = dict[tuple[str, Tap], list[Tensor]]

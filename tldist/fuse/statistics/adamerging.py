@@ -16,7 +16,6 @@ from tldist.bundle import Task
 from tldist.distributed import Team
 from tldist.domain import Domain
 from tldist.errors import Diverged, DomainError
-from tldist.fuse.batchnorm import batchnorm_layers, by_batch
 from tldist.fuse.statistics.collapse import Answers, count_answers
 from tldist.fuse.statistics.guard import CollapseGuard
 from tldist.fuse.statistics.mix import Mix
@@ -25,6 +24,7 @@ from tldist.fuse.statistics.walk import sum_over
 from tldist.models.load import input_tensor
 from tldist.progress import progress_bar, warn
 from tldist.runtime.preprocess import Preprocessing
+from tldist.training.batchnorm import batchnorm_layers, by_batch
 from tldist.training.ledger import Ledger
 
 

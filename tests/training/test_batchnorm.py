@@ -17,8 +17,8 @@ from tldist import distributed
 from tldist.data.loader import load_batches
 from tldist.domain import DataRecipe, open_domain
 from tldist.errors import DomainError
-from tldist.fuse.batchnorm import batchnorm_layers, even_batches, reestimate
 from tldist.models.load import input_tensor
+from tldist.training.batchnorm import batchnorm_layers, even_batches, reestimate
 from tldist.training.ledger import Ledger
 
 
