@@ -83,7 +83,8 @@ def jda(
     *,
     dims: int | None = None,
     kind: str = "linear",
-    ridge: float = 1.0,
+    ridge: float = 10.0,
+    mu: float | None = None,
     gamma: float | None = None,
     iterations: int = 10,
     landmarks: int = 1000,
@@ -92,10 +93,10 @@ def jda(
     """As tca, and in each class the means meet too, for which the target's classes are guessed in turns.
 
     Joint distribution adaptation, algorithm 1 of Long et al. (ICCV 2013): the matrices of all domains' and
-    classes' means are summed and divided by their Frobenius norm, as the authors' code does; ``ridge`` is
-    the paper's lambda. A target sample's class is that of the source sample of the largest cosine in the
-    components, uncentred (theirs is the nearest of samples of unit length, the same). A class that no target
-    sample is thought to have adds nothing. It stops when no guess changes.
+    classes' means are summed and divided by their Frobenius norm, as the authors' code does. A target
+    sample's class is that of the source sample of the largest cosine in the components, uncentred (theirs is
+    the nearest of samples of unit length, the same). A class that no target sample is thought to have adds
+    nothing. It stops when no guess changes.
 
     Args:
         source, target: features (N, D).
@@ -103,7 +104,8 @@ def jda(
         target_labels: (N_T,), -1 where unknown; a known class is not guessed. None: none is known.
         dims: components; None: 64.
         kind: ``linear`` (the weights on features) or ``rbf`` (on landmarks).
-        ridge: lambda, absolute: with it features of another unit give other components.
+        ridge: lambda as a multiple of the mean variance of what the weights are put on.
+        mu: the paper's lambda, absolute; None: by ``ridge``.
         gamma, landmarks, seed: as in `tca`.
         iterations: rounds at most; the first guesses no class.
     """
@@ -113,11 +115,13 @@ def jda(
     lifted = _lift(first, second, kind, gamma, landmarks, seed)
     both = lifted.source.merge(lifted.target)
     kept = _kept(dims, both)
+    if mu is None:
+        mu = ridge * float(both.variance.mean())
     guessed = torch.full_like(known, -1)  # in the first round no class is matched
     changed: list[int] = []
     for _ in range(iterations):
         apart = _joint_difference(lifted, labels, first, second, guessed)
-        weights = _components(both, apart, ridge, kept)
+        weights = _components(both, apart, mu, kept)
         uncentred = lifted.map(weights, None)
         found = _nearest_labels(uncentred.transform(first), labels, uncentred.transform(second))
         found = torch.where(known >= 0, known, found)
@@ -126,7 +130,7 @@ def jda(
             break
         guessed = found
     transform = lifted.map(weights, both.mean)
-    return Fit(transform, transform, {"dims": kept, "changed": changed, "gamma": lifted.gamma})
+    return Fit(transform, transform, {"dims": kept, "changed": changed, "mu": mu, "gamma": lifted.gamma})
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from tldist.models.transforms import Affine, Mlp
 _DIMS = 64
 _BATCH = 256
 _LEARNING_RATE = 1e-3
-_WIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the Gaussian kernels, as multiples of the mean squared distance, as DAN has several."""
+_WIDEST, _KERNELS = 4.0, 5
+"""Gaussian kernels of 4, 2, 1, 1/2 and 1/4 of the mean squared distance, as DAN has several."""
 
 
 def mlp(
@@ -27,8 +27,8 @@ def mlp(
     target_labels: Labels | None = None,
     *,
     dims: int | None = None,
-    kind: str = "coral",
-    strength: float = 1.0,
+    kind: str = "mmd",
+    strength: float = 10.0,
     hidden: int = 256,
     iterations: int = 500,
     seed: int = 0,
@@ -45,8 +45,8 @@ def mlp(
         source_labels: classes (N_S,), all known.
         target_labels: (N_T,), -1 where unknown; None: none is known.
         dims: of the common space; None: 64.
-        kind: of the distance: ``coral`` (means and covariances, as arXiv:1607.01719 and the means' besides)
-            or ``mmd`` (several Gaussian kernels, as arXiv:1502.02791).
+        kind: of the distance: ``mmd`` (several Gaussian kernels, as arXiv:1502.02791) or ``coral``
+            (covariances, as arXiv:1607.01719, and means besides).
         strength: of the distance against the cross-entropy.
         hidden: units.
         iterations: steps.
@@ -76,11 +76,15 @@ def moment_distance(source: Tensor, target: Tensor) -> Tensor:
 def kernel_distance(source: Tensor, target: Tensor) -> Tensor:
     """The squared maximum mean discrepancy (biased) under a mean of Gaussian kernels of several widths."""
     both = torch.cat([source, target])
-    squares = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist").square()
+    lengths = both.square().sum(1)
+    squares = (lengths[:, None] + lengths - 2 * both @ both.T).clamp_min(0)
     unit = squares.detach().mean().clamp_min(1e-300)
-    kernel = torch.stack([(-squares / (width * unit)).exp() for width in _WIDTHS]).mean(0)
-    share = torch.cat([source.new_full((len(source),), 1 / len(source)),
-                       source.new_full((len(target),), -1 / len(target))])  # fmt: skip
+    # One exponential: each kernel is the square of the one before, as their widths halve.
+    kernels = [(-squares / (_WIDEST * unit)).exp()]
+    for _ in range(_KERNELS - 1):
+        kernels.append(kernels[-1].square())
+    kernel = torch.stack(kernels).mean(0)
+    share = torch.cat([source.new_full((len(x),), sign / len(x)) for x, sign in ((source, 1), (target, -1))])
     return share @ kernel @ share
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from tldist.align.components import jda, tca
-from tldist.align.fit import Data, Fit
+from tldist.align.fit import Data, Fit, Labels
 from tldist.align.gaussian import coral, monge, pca, standardize, whiten
 from tldist.align.learned import mlp
 from tldist.align.subspaces import gfk, subspace
@@ -59,9 +59,11 @@ class Method:
     moment_kinds: tuple[str, ...] = ()
     uses_covariance: bool = True
 
-    def __call__(self, source: Moments | Data, target: Moments | Data, **options: Any) -> Fit:
+    def __call__(
+        self, source: Moments | Data, target: Moments | Data, *labels: Labels, **options: Any
+    ) -> Fit:
         """Fit on both domains."""
-        return self.fit(source, target, **options)
+        return self.fit(source, target, *labels, **options)
 
     @property
     def options(self) -> dict[str, Any]:

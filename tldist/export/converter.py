@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tldist.bundle import BundleConfig, Task
 from tldist.errors import ModelError
+from tldist.models.chain import Chain, folded
 from tldist.models.heads import tapped
 from tldist.models.load import input_tensor, load_bundle
 from tldist.progress import warn
@@ -97,6 +98,7 @@ def convert(graph: ExportGraph, opset: int | None) -> onnx.ModelProto:
     Raises:
         ModelError: the module cannot be exported, or its batch size came out fixed.
     """
+    graph = _folded(graph)
     size = sum(tensor.numel() * tensor.element_size() for tensor in graph.state_dict().values())
     if size > _LARGEST_FILE:
         raise ModelError(f"the model's weights are {size:,} bytes; one ONNX file holds {_LARGEST_FILE:,}.")
@@ -122,6 +124,15 @@ def convert(graph: ExportGraph, opset: int | None) -> onnx.ModelProto:
     onnx.checker.check_model(proto, full_check=True)
     _check_batch(proto)
     return proto
+
+
+def _folded(graph: ExportGraph) -> ExportGraph:
+    """With the affine transforms of a chain folded into their neighbours, where its features are not asked
+    for: what the head reads is other features then."""
+    if not isinstance(graph.model, Chain) or FEATURES in graph.outputs:
+        return graph
+    same = ExportGraph(folded(graph.model), graph.how, graph.outputs, graph.temperature, graph.task)
+    return same.eval()
 
 
 def save(proto: onnx.ModelProto, path: Path, metadata: dict[str, str]) -> None:
