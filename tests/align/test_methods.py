@@ -415,9 +415,9 @@ def test_mlp__brings_domains_together_and_keeps_classes_apart(kind: str) -> None
         ends = (torch.from_numpy(fit.map_source(source)), torch.from_numpy(fit.map_target(target)))
         return float(kernel_distance(*ends))
 
-    start = mlp(source, target, labels, kind=kind, iterations=0)
+    free = mlp(source, target, labels, kind=kind, iterations=150, hidden=32, seed=1, strength=0.0)
     fit = mlp(source, target, labels, kind=kind, iterations=150, hidden=32, seed=1)
-    assert gap(fit) < 0.6 * gap(start)
+    assert gap(fit) < 0.6 * gap(free)
     space = fit.map_source(source)
     means = np.stack([space[labels == c].mean(0) for c in range(3)])
     nearest = ((space[:, None] - means) ** 2).sum(2).argmin(1)
@@ -432,6 +432,21 @@ def test_mlp__starts_from_the_principal_components() -> None:
     expected = pca(source, target, dims=3).map_source(source)
     ratio = np.linalg.norm(expected) / np.linalg.norm(found)
     np.testing.assert_allclose(found * ratio, expected, atol=1e-9)
+
+
+def test_mlp__where_the_features_lie_does_not_matter() -> None:
+    (source, labels), (target, _) = classes(30, 0.0, 76), classes(30, 1.0, 77)
+    plain, moved = (mlp(source + far, target + far, labels, iterations=5, hidden=8) for far in (0.0, 50.0))
+    np.testing.assert_allclose(moved.map_target(target + 50), plain.map_target(target), atol=1e-7)
+
+
+def test_mlp__known_target_labels_are_learned() -> None:
+    (source, labels), (target, truth) = classes(60, 0.0, 78), classes(60, 4.0, 79)
+    gaps = []
+    for known in (truth, np.full(60, -1)):
+        fit = mlp(source, target, labels, known, iterations=100, hidden=32, strength=0.0)
+        gaps.append(class_gap(fit, source, target, (labels, truth)))
+    assert gaps[0] < 0.9 * gaps[1]
 
 
 def test_distances__closed_forms() -> None:

@@ -238,11 +238,11 @@ CHAINS = {
     "folds": ([scale(FEATURES), affine(FEATURES, 7)], "linear", "logits", 0),
     "curved": (
         [mlp(FEATURES, 5, 8), *(transforms(8)[n] for n in ("displace", "kernel"))],
-        "linear",
+        "neighbours",
         "logits",
         3,
     ),
-    "features": ([scale(FEATURES)], "neighbours", "both", 1),
+    "features": ([scale(FEATURES)], "linear", "both", 1),
 }
 """Transforms, head, what is exported, and how many transforms are left in the graph."""
 
@@ -258,7 +258,7 @@ def test_export__graph_and_bundle_give_what_the_parts_say(tmp_path: Path, bundle
     for part in parts:
         values = computed(part, values)
     expected = fitted.logits(torch.from_numpy(values)).numpy()
-    assert np.ptp(expected, axis=0).min() > 1e-3  # the transforms let something through
+    assert np.ptp(expected, axis=0).max() > 1e-2  # the transforms let something through
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
     api.export(

@@ -78,10 +78,12 @@ def fit_class_means(
     # About the common mean, which changes no difference: the bias is not one of large numbers.
     centre = weights.double() @ values / totals.sum()
     offsets = means - centre
-    weight = scale * offsets * (totals > 0)[:, None]
-    bias = -weight @ centre - scale * offsets.square().sum(1) / 2
-    bias = torch.where(totals > 0, bias, bias[totals > 0].min() - 1e4)
-    return LinearHead(weight, bias, 0.0, True)
+    there = totals > 0
+    weight = scale * offsets * there[:, None]
+    heights = -scale * offsets.square().sum(1) / 2
+    # Offsets balance, so that everywhere one class at least is not below its height.
+    heights = torch.where(there, heights, heights[there].min() - 1e4)
+    return LinearHead(weight, heights - weight @ centre, 0.0, True)
 
 
 def sweep_class_means(
