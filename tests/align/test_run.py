@@ -213,7 +213,7 @@ def _align(bundle: Path, source: Path, target: Path, out: Path, options: dict[st
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "standardize"},
+        {"method": "standardize", "head": "knn"},
         {"method": "coral", "samples": 20, "weights": "kmm"},
         {"method": "jda", "samples": 20, "target_labels": 2},
     ],
@@ -346,23 +346,27 @@ def test_align__weights_are_written_and_used(
     torch.testing.assert_close(answers(run, target), expected, atol=2e-3 * float(expected.std()), rtol=2e-3)
 
 
+@pytest.mark.parametrize("method", ["none", "jda"])
 def test_align__a_few_target_labels_are_used_and_said(
-    align: Callable[..., Path], small: Path, source: Path, target: Path
+    align: Callable[..., Path], small: Path, source: Path, target: Path, method: str
 ) -> None:
-    run = align(method="none", target_labels=2)
+    run = align(method=method, target_labels=2)
     assert read_bundle(run)[1].lineage["target_labels"] == "6 of 24 used"
     (ours, labels), (theirs, truth) = (kept_features(small, folder) for folder in (source, target))
     told = torch.from_numpy(choose_told(open_domain(target).training_split(), NAMES, 2, 0))
     assert torch.bincount(truth[told]).tolist() == [2, 2, 2]
+    known = torch.where(told, truth, -1)
+    fit = METHODS[method](ours, theirs, *((labels, known) if method == "jda" else ()))
+    mapped, there = fit.map_source(ours), fit.map_target(theirs)
     weights = torch.cat([torch.ones(36), torch.full((6,), 6.0)])  # together as much as the source
     head = fit_logistic(
-        torch.cat([ours, theirs[told]]),
+        torch.cat([mapped, there[told]]),
         torch.cat([labels, truth[told]]),
         3,
         l2=read_bundle(run)[1].lineage["l2"],
         weights=weights,
     )
-    expected = head.logits(theirs)
+    expected = head.logits(there)
     torch.testing.assert_close(answers(run, target), expected, atol=2e-3 * float(expected.std()), rtol=2e-3)
 
 
