@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,10 +19,17 @@ from tests.support import make_images
 from tests.support_models import SMALL, make_bundle
 from tests.support_processes import run_ranks
 from tldist import api, distributed
+from tldist.align.domains import choose_samples, choose_told
+from tldist.align.methods import METHODS
+from tldist.align.weights import WEIGHTS
 from tldist.bundle import BundleConfig, read_bundle
+from tldist.data.loader import load_batches
 from tldist.domain import open_domain
 from tldist.errors import BundleError, DomainError, ModelError, RecipeError
 from tldist.features.extract import extract
+from tldist.features.heads import fit_logistic
+from tldist.features.nearest import fit_class_means, fit_neighbours
+from tldist.models.description import architecture_name
 from tldist.models.load import load_bundle, save_bundle
 from tldist.models.zoo import build_network, describe_network
 from tldist.training.measure import predictor
@@ -70,8 +81,6 @@ def features_of(bundle: Path, folder: Path) -> np.ndarray:
 
 def logits_of(bundle: Path, folder: Path) -> np.ndarray:
     """All logits of a bundle, through the model as it is saved."""
-    from tldist.data.loader import load_batches
-
     model, config = load_bundle(bundle)
     domain = open_domain(folder)
     batch = next(load_batches(domain, [np.arange(len(domain))], config.preprocessing))
@@ -195,22 +204,232 @@ def test_align__target_without_labels_gives_the_same_model(
         np.testing.assert_allclose(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def _align(bundle: Path, source: Path, target: Path, out: Path, method: str) -> float:
+def _align(bundle: Path, source: Path, target: Path, out: Path, options: dict[str, Any]) -> float:
     return api.align(
-        bundle=bundle, source=source, target=target, method=method, out=out, workers=0, batch_size=5
+        bundle=bundle, source=source, target=target, out=out, workers=0, batch_size=5, **options
     ).values["accuracy"]
 
 
-@pytest.mark.parametrize("method", ["standardize", "coral"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "standardize", "head": "knn"},
+        {"method": "coral", "samples": 20, "weights": "kmm"},
+        {"method": "jda", "samples": 20, "target_labels": 2},
+    ],
+    ids=["standardize", "coral", "jda"],
+)
 def test_align__two_processes_give_the_model_of_one(
-    tmp_path: Path, bundle: Path, source: Path, target: Path, method: str
+    tmp_path: Path, bundle: Path, source: Path, target: Path, options: dict[str, Any]
 ) -> None:
-    one = run_ranks(_align, 1, bundle, source, target, tmp_path / "one", method)
-    two = run_ranks(_align, 2, bundle, source, target, tmp_path / "two", method)
+    one = run_ranks(_align, 1, bundle, source, target, tmp_path / "one", options)
+    two = run_ranks(_align, 2, bundle, source, target, tmp_path / "two", options)
     assert two == one * 2
     first, second = (load_file(tmp_path / run / "bundle" / "model.safetensors") for run in ("one", "two"))
     for name, tensor in first.items():
         np.testing.assert_allclose(second[name], tensor, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+# -- every method, head and weight, on a small network -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("small") / "bundle", NAMES, name="tests.nets:plain_cnn")
+
+
+@pytest.fixture
+def align(small: Path, source: Path, target: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Align the small network; gives the run."""
+
+    def run(**options: Any) -> Path:
+        given = {"bundle": small, "source": source, "target": target, "workers": 0, "trust_code": True}
+        out = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        api.align(**{**given, "out": out, **options})
+        return out
+
+    return run
+
+
+def kept_features(bundle: Path, folder: Path, trust_code: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    model, config = load_bundle(bundle, trust_code=trust_code)
+    domain = open_domain(folder).training_split()
+    found = extract(model, config.preprocessing, domain, distributed.start(), classes=NAMES)
+    return found.features.double(), found.labels
+
+
+def answers(run: Path, folder: Path) -> torch.Tensor:
+    """What a run's bundle answers to a folder's training images, in order."""
+    model, config = load_bundle(run, trust_code=True)
+    domain = open_domain(folder).training_split()
+    batch = next(load_batches(domain, [np.arange(len(domain))], config.preprocessing))
+    return predictor(model, config.preprocessing)(batch.images).double()
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "pca": {"dims": 5},
+    "whiten": {"kind": "pca", "dims": 4},
+    "monge": {"ridge": 0.1},
+    "subspace": {"dims": 3},
+    "gfk": {"dims": 2},
+    "tca": {"dims": 3, "landmarks": 20},
+    "jda": {"dims": 3, "ridge": 1.0, "iterations": 3},
+    "mlp": {"dims": 4, "iterations": 20, "kind": "coral", "strength": 2.0},
+}
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_align__is_the_function_on_features_and_a_head(
+    align: Callable[..., Path], small: Path, source: Path, target: Path, method: str
+) -> None:
+    """The model of the stage, against the method and the head called from Python."""
+    options = SETTINGS[method]
+    run = align(method=method, seed=3, **options)
+    (ours, labels), (theirs, _) = (kept_features(small, folder) for folder in (source, target))
+    known = {"source_labels": labels} if METHODS[method].labels else {}
+    seed = {"seed": 3} if "seed" in METHODS[method].options else {}
+    fit = METHODS[method](ours, theirs, **known, **options, **seed)
+    l2 = read_bundle(run)[1].lineage["l2"]
+    head = fit_logistic(fit.map_source(ours), labels, 3, l2=l2)
+    expected = head.logits(fit.map_target(theirs))
+    spread = float(expected.std()) + 1e-3
+    torch.testing.assert_close(answers(run, target), expected, atol=2e-3 * spread, rtol=2e-3)
+    lineage = read_bundle(run)[1].lineage
+    assert lineage["options"] == {**METHODS[method].options, **options, **seed}
+    assert lineage["target_labels"] == "not used"
+
+
+@pytest.mark.parametrize("head", ["ncm", "knn"])
+def test_align__heads(align: Callable[..., Path], small: Path, source: Path, target: Path, head: str) -> None:
+    run = align(method="standardize", head=head)
+    config, summary = read_bundle(run)[1], json.loads((run / "summary.json").read_text())
+    (ours, labels), (theirs, _) = (kept_features(small, folder) for folder in (source, target))
+    fit = METHODS["standardize"](ours, theirs)
+    mapped, there = fit.map_source(ours), fit.map_target(theirs)
+    choice = min(summary["tried"], key=lambda pair: pair[1])[0]
+    if head == "knn":
+        expected = fit_neighbours(mapped, labels, 3, k=int(choice)).logits(there)
+        assert config.model["head"]["type"] == "neighbours"
+        assert config.model["head"]["samples"] == 36
+    else:
+        expected = fit_class_means(mapped, labels, 3, sharpness=choice).logits(there)
+        assert config.model["head"]["type"] == "linear"
+    torch.testing.assert_close(answers(run, target), expected, atol=2e-3, rtol=2e-3)
+    assert len(summary["tried"]) > 1
+    assert "neighbours" in architecture_name(config.model) or head == "ncm"
+
+
+def test_align__a_head_of_neighbours_is_aligned_again(
+    align: Callable[..., Path], target: Path, source: Path
+) -> None:
+    first = align(method="standardize", head="knn")
+    second = align(bundle=first, method="coral")
+    direct = align(bundle=align(method="standardize"), method="coral")
+    torch.testing.assert_close(answers(second, target), answers(direct, target), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kmm", "density"])
+def test_align__weights_are_written_and_used(
+    align: Callable[..., Path], small: Path, source: Path, target: Path, name: str
+) -> None:
+    run = align(method="none", weights=name)
+    table = pq.read_table(run / "weights.parquet")
+    assert table.column_names == ["id", "weight"]
+    domain = open_domain(source)
+    assert table["id"].to_pylist() == [domain.id(index) for index in range(36)]
+    (ours, labels), (theirs, _) = (kept_features(small, folder) for folder in (source, target))
+    weights = WEIGHTS[name](ours, theirs)
+    np.testing.assert_allclose(table["weight"].to_numpy(), weights.numpy(), rtol=1e-5, atol=1e-6)
+    head = fit_logistic(ours, labels, 3, l2=read_bundle(run)[1].lineage["l2"], weights=weights)
+    expected = head.logits(theirs)
+    torch.testing.assert_close(answers(run, target), expected, atol=2e-3 * float(expected.std()), rtol=2e-3)
+
+
+@pytest.mark.parametrize("method", ["none", "jda"])
+def test_align__a_few_target_labels_are_used_and_said(
+    align: Callable[..., Path], small: Path, source: Path, target: Path, method: str
+) -> None:
+    run = align(method=method, target_labels=2)
+    assert read_bundle(run)[1].lineage["target_labels"] == "6 of 24 used"
+    (ours, labels), (theirs, truth) = (kept_features(small, folder) for folder in (source, target))
+    told = torch.from_numpy(choose_told(open_domain(target).training_split(), NAMES, 2, 0))
+    assert torch.bincount(truth[told]).tolist() == [2, 2, 2]
+    known = torch.where(told, truth, -1)
+    fit = METHODS[method](ours, theirs, *((labels, known) if method == "jda" else ()))
+    mapped, there = fit.map_source(ours), fit.map_target(theirs)
+    weights = torch.cat([torch.ones(36), torch.full((6,), 6.0)])  # together as much as the source
+    head = fit_logistic(
+        torch.cat([mapped, there[told]]),
+        torch.cat([labels, truth[told]]),
+        3,
+        l2=read_bundle(run)[1].lineage["l2"],
+        weights=weights,
+    )
+    expected = head.logits(there)
+    torch.testing.assert_close(answers(run, target), expected, atol=2e-3 * float(expected.std()), rtol=2e-3)
+
+
+def test_align__target_labels_change_nothing_where_they_are_not_asked_for(
+    align: Callable[..., Path], target: Path, tmp_path: Path
+) -> None:
+    """The same images under other labels give the same model, whatever the method reads."""
+    turned = tmp_path / "turned"
+    names = {"a1": "a2", "a2": "a10", "a10": "a1"}
+    for file in sorted((target / "train").rglob("*.png")):
+        place = turned / "train" / names[file.parent.name] / f"{file.parent.name}-{file.name}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(file.read_bytes())
+    for options in ({"method": "jda", "dims": 3}, {"method": "none", "weights": "kmm"}):
+        first, second = align(**options), align(target=turned, **options)
+        found, expected = (load_file(run / "bundle" / "model.safetensors") for run in (second, first))
+        for name, tensor in expected.items():
+            np.testing.assert_allclose(found[name], tensor, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_align__keeps_no_more_samples_than_it_is_told(
+    align: Callable[..., Path], small: Path, source: Path, target: Path
+) -> None:
+    """Moments are of all images; the head, and what it stores, of those that are kept."""
+    run = align(method="standardize", head="knn", samples=10)
+    kept = choose_samples(open_domain(source), 10, 0)
+    assert kept.sum() == 10
+    (ours, _), (theirs, _) = (kept_features(small, folder) for folder in (source, target))
+    stored = METHODS["standardize"](ours, theirs).map_source(ours)[torch.from_numpy(kept)]
+    weight = load_file(run / "bundle" / "model.safetensors")["head.weight"]
+    expected = torch.nn.functional.normalize(stored, dim=1).numpy()
+    np.testing.assert_allclose(weight, expected, atol=1e-5)
+
+
+def test_choose_samples__does_not_look_at_labels_or_positions(target: Path) -> None:
+    domain = open_domain(target).training_split()
+    order = np.random.default_rng(0).permutation(len(domain))
+    chosen = choose_samples(domain, 9, 5)
+    other = replace(domain.subset(order), labels=np.full(len(domain), -1))
+    assert {domain.id(i) for i in np.flatnonzero(chosen)} == {
+        other.id(i) for i in np.flatnonzero(choose_samples(other, 9, 5))
+    }
+    assert not np.array_equal(chosen, choose_samples(domain, 9, 6))
+
+
+def test_align__options_that_a_method_lacks_are_refused(align: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError, match=r"dims=3: method=coral has no such option"):
+        align(method="coral", dims=3)
+    with pytest.raises(RecipeError, match="takes no weights"):
+        align(head="knn", weights="kmm")
+    with pytest.raises(DomainError, match="there can be 1 to"):
+        align(method="subspace", dims=64)
+
+
+def test_align__labels_that_are_not_there_cannot_be_used(
+    align: Callable[..., Path], target: Path, tmp_path: Path
+) -> None:
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for number, file in enumerate(sorted((target / "train").rglob("*.png"))):
+        (loose / f"{number}.png").write_bytes(file.read_bytes())
+    with pytest.raises(DomainError, match="target_labels=1 asks for labels"):
+        align(target=loose, target_labels=1)
 
 
 def test_align__classes_are_those_of_the_source(tmp_path: Path, source: Path, target: Path) -> None:

@@ -37,6 +37,28 @@ def test_fit_logistic__agrees_with_scikit_learn(classes: int, width: int, l2: fl
         np.testing.assert_allclose(head.weight.numpy() * scale, reference.coef_, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [3, 200])  # also more dimensions than samples
+def test_fit_logistic__a_weight_of_two_is_a_sample_twice(width: int) -> None:
+    values, labels = (torch.from_numpy(part) for part in problem(60, width, 3, seed=5))
+    counts = torch.arange(60) % 3
+    weighted = fit_logistic(values, labels, 3, l2=1e-2, weights=counts.double() * 0.7)
+    repeated = fit_logistic(values.repeat_interleave(counts, 0), labels.repeat_interleave(counts), 3, l2=1e-2)
+    torch.testing.assert_close(weighted.logits(values), repeated.logits(values), atol=1e-5, rtol=1e-5)
+
+
+def test_sweep_logistic__weights_choose_and_fit() -> None:
+    values, labels = (torch.from_numpy(part) for part in problem(60, 10, 3, seed=4))
+    held_out = torch.arange(60) % 4 == 0
+    weights = (torch.arange(60) % 5 != 0).double()  # others are as if they were not there
+    there = weights > 0
+    found = sweep_logistic(values, labels, 3, held_out, weights=weights)
+    without = sweep_logistic(values[there], labels[there], 3, held_out[there])
+    assert found.head.l2 == without.head.l2
+    assert found.held_out_accuracy == pytest.approx(without.held_out_accuracy)
+    assert found.held_out_loss == pytest.approx(without.held_out_loss, abs=1e-4)
+    torch.testing.assert_close(found.head.weight, without.head.weight, atol=1e-5, rtol=1e-4)
+
+
 def test_fit_logistic__is_deterministic() -> None:
     values, labels = (torch.from_numpy(part) for part in problem(90, 6, 3, seed=8))
     first, second = (fit_logistic(values, labels, 3, l2=1e-2) for _ in range(2))

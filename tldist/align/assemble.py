@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tldist.align.head import Head
 from tldist.errors import ModelError
 from tldist.features.extract import extract_batch
-from tldist.features.heads import LinearHead
 from tldist.models.chain import Chain, Transform
 from tldist.models.description import build_model
 from tldist.models.heads import find_head, pool
@@ -23,7 +23,7 @@ def assemble(
     model: nn.Module,
     description: Mapping[str, Any],
     transform: Transform | None,
-    head: LinearHead,
+    head: Head,
     *,
     trust_code: bool = False,
 ) -> tuple[Chain, dict[str, Any]]:
@@ -42,12 +42,11 @@ def assemble(
     was_chain = description["type"] == "chain"
     old = list(description["transforms"]) if was_chain else []
     new = [transform.describe()] if transform is not None else []
-    outputs, width = head.weight.shape
     chained = {
         "type": "chain",
         "backbone": dict(description["backbone"] if was_chain else description),
         "transforms": [*old, *new],
-        "head": {"type": "linear", "in": width, "out": outputs},
+        "head": head.describe(),
     }
     head_path = find_head(model)[0]
     tensors = {
@@ -57,7 +56,7 @@ def assemble(
     }
     if transform is not None:
         tensors |= {f"transforms.{len(old)}.{name}": t for name, t in transform.state_dict().items()}
-    tensors |= {"head.weight": head.weight, "head.bias": head.bias}
+    tensors |= {f"head.{name}": tensor for name, tensor in head.tensors().items()}
     chain = build_model(chained, trust_code=trust_code)
     assert isinstance(chain, Chain)
     load_into(chain, Weights("the aligned model", tensors))

@@ -1,93 +1,118 @@
-"""Alignments: pure functions from the moments of two domains to the maps that bring them together."""
+"""The family of homogeneous alignments, and what each reads of the two domains."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from tldist.features.maps import standardizing
+from tldist.align.components import jda, tca
+from tldist.align.fit import Data, Fit, Labels
+from tldist.align.gaussian import coral, monge, pca, standardize, whiten
+from tldist.align.learned import mlp
+from tldist.align.subspaces import gfk, subspace
+from tldist.align.transport import ot
+from tldist.errors import RecipeError
 from tldist.features.moments import Moments
-from tldist.models.chain import Affine, Transform
 
+__all__ = [
+    "METHODS",
+    "Fit",
+    "Method",
+    "coral",
+    "gfk",
+    "jda",
+    "mlp",
+    "monge",
+    "none",
+    "ot",
+    "pca",
+    "standardize",
+    "subspace",
+    "tca",
+    "whiten",
+]
 
-@dataclass(frozen=True)
-class Fit:
-    """Maps into the common space, in float64; None leaves features as they are.
-
-    Attributes:
-        source: what source features pass through before the head is refitted on them.
-        target: what target features pass through; it becomes part of the model.
-    """
-
-    source: Transform | None
-    target: Transform | None
+_LABELS = ("source_labels", "target_labels")
 
 
 @dataclass(frozen=True)
 class Method:
     """One alignment.
 
+    A function of one's own, ``f(source, target, *, ridge=..., ...) -> Fit``, reads moments; it is made to
+    read samples by putting ``Method(f, reads="samples")`` where ``method=package.module:name`` finds it.
+
     Attributes:
-        fit: (source, target, ridge) to the maps.
-        ridge: the strength of its regularisation where none is asked for.
+        fit: of the source, the target, and options by keyword; with ``source_labels`` and
+            ``target_labels`` among its arguments it is given those.
+        reads: what it is given of a domain: its moments, at any size in one pass, or samples.
+        moment_kinds: values of the option ``kind`` with which it reads moments all the same.
         uses_covariance: whether it reads more of the moments than means and variances.
     """
 
-    fit: Callable[[Moments, Moments, float], Fit]
-    ridge: float = 1.0
+    fit: Callable[..., Fit]
+    reads: Literal["moments", "samples"] = "moments"
+    moment_kinds: tuple[str, ...] = ()
     uses_covariance: bool = True
 
+    def __call__(
+        self, source: Moments | Data, target: Moments | Data, *labels: Labels, **options: Any
+    ) -> Fit:
+        """Fit on both domains."""
+        return self.fit(source, target, *labels, **options)
 
-def standardize(source: Moments, target: Moments, ridge: float = 0.01) -> Fit:
-    """Each domain to mean 0 and variance 1, dimension by dimension.
+    @property
+    def options(self) -> dict[str, Any]:
+        """Names and defaults of the options that it has, as its function says them."""
+        found = inspect.signature(self.fit).parameters.values()
+        return {p.name: p.default for p in found if p.default is not p.empty and p.name not in _LABELS}
 
-    What AdaBN (arXiv:1603.04779) does with means and variances inside of a network, on its features. As
-    there, something small is added to the variances: ``ridge`` times the domain's mean variance, so that
-    dimensions that hardly vary in a small sample are not blown up.
-    """
-    return Fit(standardizing(source, ridge), standardizing(target, ridge))
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Which labels it is given: of the source, of the target, both or none."""
+        return tuple(name for name in _LABELS if name in inspect.signature(self.fit).parameters)
+
+    def needs_samples(self, options: Mapping[str, Any]) -> bool:
+        """Whether it is given samples with these options, and not moments."""
+        return self.reads == "samples" and options.get("kind") not in self.moment_kinds
+
+    def check_options(self, name: str, given: Mapping[str, Any]) -> None:
+        """`RecipeError` where an option is given that the method does not have."""
+        odd = [option for option in given if option not in self.options]
+        if odd:
+            known = ", ".join(self.options) or "none"
+            raise RecipeError(
+                f"{odd[0]}={given[odd[0]]}: method={name} has no such option (it has: {known})."
+            )
 
 
-def coral(source: Moments, target: Moments, ridge: float = 1.0) -> Fit:
-    """Give the source the target's covariance: whiten, then re-colour. Target features stay as they are.
-
-    CORAL, algorithm 1 of arXiv:1511.05547: ``D_S C_S^(-1/2) C_T^(1/2)`` with ``C = cov(D) + I``. Two things
-    are ours: the means are matched too (the paper's inputs are standardised before), and the identity is
-    scaled by ``ridge`` times the domain's own mean variance, so that the result does not depend on the
-    unit of the features; on standardised features ridge=1 is the paper's. With ridge=0 directions without
-    variance in the source are dropped.
-    """
-    whiten = _power(_regularised(source, ridge), -0.5)
-    colour = _power(_regularised(target, ridge), 0.5)
-    weight = colour @ whiten  # for column vectors; the paper's rows are multiplied from the right
-    return Fit(_affine(weight, target.mean - weight @ source.mean), None)
+def none(source: Moments | Data, target: Moments | Data) -> Fit:
+    """No map: the head alone is refitted, perhaps with weights."""
+    return Fit(None, None)
 
 
 METHODS: dict[str, Method] = {
-    "standardize": Method(standardize, ridge=0.01, uses_covariance=False),
-    "coral": Method(coral, ridge=1.0),
+    "none": Method(none, uses_covariance=False),
+    "standardize": Method(standardize, uses_covariance=False),
+    "pca": Method(pca),
+    "whiten": Method(whiten),
+    "coral": Method(coral),
+    "monge": Method(monge),
+    "subspace": Method(subspace),
+    "gfk": Method(gfk),
+    "tca": Method(tca, reads="samples", moment_kinds=("linear",)),
+    "jda": Method(jda, reads="samples"),
+    "mlp": Method(mlp, reads="samples"),
+    "ot": Method(ot, reads="samples"),
 }
-"""The family of homogeneous alignments, by the name that ``method=`` takes."""
+"""By the name that ``method=`` takes."""
 
 
-def _affine(weight: Tensor, bias: Tensor) -> Affine:
-    affine = Affine(weight.shape[1], weight.shape[0]).double()
-    affine.weight, affine.bias = weight, bias
-    return affine
-
-
-def _regularised(moments: Moments, ridge: float) -> Tensor:
-    covariance = moments.covariance
-    extra = ridge * covariance.diagonal().mean()
-    return covariance + extra * torch.eye(moments.width, dtype=torch.float64)
-
-
-def _power(matrix: Tensor, exponent: float) -> Tensor:
-    """A power of a symmetric positive semi-definite matrix; null directions stay null."""
-    values, vectors = torch.linalg.eigh(matrix)
-    alive = values > values[-1] * len(values) * torch.finfo(torch.float64).eps
-    powers = torch.where(alive, values, torch.ones_like(values)) ** exponent
-    return (vectors * (powers * alive)) @ vectors.T
+def all_finite(fit: Fit) -> bool:
+    """Whether every number of the maps is finite."""
+    tensors = [t for part in (fit.source, fit.target) if part is not None for t in part.buffers()]
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

@@ -1,56 +1,31 @@
-"""Align: load, extract, fit, refit the head, measure, save."""
+"""Align: load, read both domains, fit, refit the head, measure, save."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from tldist import distributed
 from tldist.align.assemble import assemble, check_assembled
-from tldist.align.domains import Domains, choose_domains
+from tldist.align.domains import choose_domains
+from tldist.align.head import Head
+from tldist.align.job import Job, measure_target, show
 from tldist.align.methods import METHODS, Fit, Method
 from tldist.align.recipe import AlignRecipe
+from tldist.align.steps import fit_maps, read_source, read_target, refit_head
 from tldist.bundle import BundleConfig, find_bundle, parent_record
 from tldist.data.loader import num_workers
-from tldist.distributed import Team
 from tldist.domain import open_domain
-from tldist.errors import DomainError, ModelError
-from tldist.features.extract import Features, extract, feature_batches
-from tldist.features.heads import Sweep, sweep_logistic
-from tldist.features.moments import Moments, gather_moments, merge_moments
+from tldist.features.heads import LinearHead, Sweep
 from tldist.methods import find_method
 from tldist.models.chain import Chain
-from tldist.models.description import architecture_name
 from tldist.models.heads import find_head
 from tldist.models.load import load_bundle, save_bundle
-from tldist.progress import say, show_plan, warn
 from tldist.runs import BUNDLE, Outcome, RunFolder, open_run, recorded
-from tldist.training.ledger import Ledger
-from tldist.training.measure import Measurement, measure, predictor, why_not_measurable
-
-
-@dataclass(frozen=True)
-class Job:
-    """What an alignment works with; the model is on the team's device."""
-
-    recipe: AlignRecipe
-    method: Method
-    team: Team
-    folder: RunFolder
-    model: nn.Module
-    config: BundleConfig
-    domains: Domains
-    workers: int
-
-    @property
-    def ridge(self) -> float:
-        """The strength of the regularisation."""
-        return self.method.ridge if self.recipe.ridge is None else self.recipe.ridge
+from tldist.training.measure import Measurement
 
 
 def run(recipe: AlignRecipe) -> Outcome:
@@ -59,7 +34,8 @@ def run(recipe: AlignRecipe) -> Outcome:
     Raises:
         TldistError: see `tldist.errors`; nothing half-written stays.
     """
-    method = find_method(recipe.method, METHODS, Method)
+    method = find_method(recipe.method, METHODS, _as_method)
+    method.check_options(recipe.method, recipe.options)
     team = distributed.start()
     model, config = load_bundle(recipe.bundle, trust_code=recipe.trust_code)
     find_head(model)  # an ensemble has none to refit: it says so now, not after its features
@@ -70,126 +46,31 @@ def run(recipe: AlignRecipe) -> Outcome:
     if folder.finished:
         return _outcome(folder, f"{folder.path} is finished already.")
     with recorded(folder, team.is_main):
-        domains = choose_domains(source, target, recipe.validation, recipe.seed)
+        domains = choose_domains(
+            source,
+            target,
+            held_out=recipe.validation,
+            samples=recipe.samples,
+            target_labels=recipe.target_labels,
+            seed=recipe.seed,
+        )
         workers = num_workers(recipe.workers, team.local_size)
         job = Job(recipe, method, team, folder, model.to(team.device), config, domains, workers)
-        _show(job)
-        before = _measure(job, job.model, config.classes, "before")
-        features = _extract_source(job)
-        fit = _fit(job, features)
-        sweep = _refit_head(job, features, fit)
+        show(job)
+        before = measure_target(job, job.model, config.classes, "before")
+        first, second = read_source(job), read_target(job)
+        fit = fit_maps(job, first, second)
+        sweep = refit_head(job, first, second, fit)
         chain, description = _assemble(job, fit, sweep)
-        after = _measure(job, chain, job.domains.classes, "after")
-        return _finish(job, chain, description, sweep, before, after)
+        after = measure_target(job, chain, job.domains.classes, "after")
+        return _finish(job, chain, description, fit, sweep, before, after)
 
 
-def _show(job: Job) -> None:
-    recipe, domains, how = job.recipe, job.domains, job.config.preprocessing
-    show_plan(
-        "align",
-        {
-            "model": f"{architecture_name(job.config.model)}, input {how.height}x{how.width}",
-            "method": f"{recipe.method}, ridge {job.ridge}",
-            "source": f"{domains.source.name}: {len(domains.source):,} images of {len(domains.classes)} "
-            f"classes, {int(domains.held_out.sum()):,} of them choose the head's penalty",
-            "target": f"{domains.target.name}: {len(domains.target):,} images, without their labels",
-            "report": f"accuracy on {len(domains.test):,} images of {domains.test.name}"
-            if domains.test.has_labels
-            else "no accuracy: the target has no labels",
-            "processes": f"{job.team.size} on {job.team.device.type}, {job.workers} decoding workers each",
-            "out": recipe.out,
-        },
-    )
+def _as_method(found: Any) -> Method:
+    return found if isinstance(found, Method) else Method(found)
 
 
-def _measure(job: Job, model: nn.Module, classes: tuple[str, ...], when: str) -> Measurement | None:
-    """Accuracy on the target, to report; None where it cannot be had, and why is said."""
-    if not job.domains.test.has_labels:
-        return None  # the plan has said so
-    reason = why_not_measurable(job.domains.test, classes, "multiclass")
-    if reason:
-        warn(f"the accuracy {when} is not measured on {job.domains.test.name}: {reason}")
-        return None
-    how = job.config.preprocessing
-    return measure(
-        predictor(model, how),
-        job.domains.test,
-        classes,
-        how,
-        job.team,
-        batch_size=job.recipe.batch_size,
-        workers=job.workers,
-        ledger_file=job.folder.path / "bad_target_test_images.jsonl",
-        label=f"target {when}",
-    )
-
-
-def _extract_source(job: Job) -> Features:
-    ledger = Ledger(job.domains.source, job.folder.path / "bad_source_images.jsonl")
-    return extract(
-        job.model,
-        job.config.preprocessing,
-        job.domains.source,
-        job.team,
-        batch_size=job.recipe.batch_size,
-        workers=job.workers,
-        classes=job.domains.classes,
-        ledger=ledger,
-        label="source features",
-    )
-
-
-def _fit(job: Job, source: Features) -> Fit:
-    """Fit the maps on the moments of both domains; the target's features are never kept."""
-    ledger = Ledger(job.domains.target, job.folder.path / "bad_target_images.jsonl")
-    batches = feature_batches(
-        job.model,
-        job.config.preprocessing,
-        job.domains.target,
-        job.team,
-        ledger,
-        batch_size=job.recipe.batch_size,
-        workers=job.workers,
-        label="target features",
-    )
-    mine = merge_moments(Moments.from_batch(batch.features) for batch in batches if len(batch))
-    ledger.settle(job.team)
-    target = gather_moments(mine, job.team)
-    if target is None or target.count < 2:
-        raise DomainError(
-            f"{job.domains.target.name}: fewer than 2 images can be decoded; an alignment needs many."
-        )
-    if job.method.uses_covariance and target.count <= target.width:
-        warn(
-            f"the target has {target.count:,} images for {target.width:,} dimensions: its covariance is "
-            f"partly noise, and ridge={job.ridge} decides much"
-        )
-    moments = Moments.from_batch(source.features)
-    return job.team.on_main(lambda: job.method.fit(moments, target, job.ridge))
-
-
-def _refit_head(job: Job, source: Features, fit: Fit) -> Sweep:
-    """A new head on the labelled source in the common space."""
-    mapped = source.features.double()
-    if fit.source is not None:
-        mapped = fit.source(mapped)
-    if not torch.isfinite(mapped).all():
-        raise ModelError(f"method={job.recipe.method} maps features to NaN or infinity (ridge={job.ridge}).")
-    held_out = torch.from_numpy(job.domains.held_out)[source.indices]
-    if not held_out.any() or held_out.all():
-        raise DomainError(
-            f"{job.domains.source.name}: too few images can be decoded to choose the head's penalty."
-        )
-    say("fitting the head")
-    sweep = job.team.on_main(
-        lambda: sweep_logistic(mapped, source.labels, len(job.domains.classes), held_out)
-    )
-    if not sweep.head.converged:
-        warn("the head's fit stopped before it converged; its penalty may be too weak for these features")
-    return sweep
-
-
-def _assemble(job: Job, fit: Fit, sweep: Sweep) -> tuple[Chain, dict[str, Any]]:
+def _assemble(job: Job, fit: Fit, sweep: Sweep[Head]) -> tuple[Chain, dict[str, Any]]:
     how = job.config.preprocessing
     chain, description = assemble(
         job.model, job.config.model, fit.target, sweep.head, trust_code=job.recipe.trust_code
@@ -205,7 +86,8 @@ def _finish(
     job: Job,
     chain: Chain,
     description: dict[str, Any],
-    sweep: Sweep,
+    fit: Fit,
+    sweep: Sweep[Head],
     before: Measurement | None,
     after: Measurement | None,
 ) -> Outcome:
@@ -214,7 +96,7 @@ def _finish(
     if after:
         metrics |= {"target_accuracy": after.accuracy, "target_loss": after.loss}
     config = BundleConfig(
-        description, job.domains.classes, job.config.preprocessing, _lineage(job, sweep), metrics
+        description, job.domains.classes, job.config.preprocessing, _lineage(job, fit, sweep), metrics
     )
 
     def write() -> None:
@@ -227,8 +109,10 @@ def _finish(
             before=before.to_dict() if before else None,
             after=after.to_dict() if after else None,
             source_held_out_accuracy=sweep.held_out_accuracy,
-            l2=sweep.head.l2,
-            l2_tried=[list(pair) for pair in sweep.tried],
+            fit=dict(fit.notes),
+            head=job.recipe.head,
+            tried=[list(pair) for pair in sweep.tried],
+            **_penalty(sweep),
             processes=job.team.size,
         )
 
@@ -236,19 +120,27 @@ def _finish(
     return _outcome(job.folder, "")
 
 
-def _lineage(job: Job, sweep: Sweep) -> dict[str, Any]:
+def _lineage(job: Job, fit: Fit, sweep: Sweep[Head]) -> dict[str, Any]:
+    told = int(job.domains.told.sum())
     return {
         "stage": "align",
         "parents": [parent_record(find_bundle(job.recipe.bundle), job.config)],
         "method": job.recipe.method,
-        "ridge": job.ridge,
-        "l2": sweep.head.l2,
+        "options": job.options,
+        "fit": dict(fit.notes),
+        "head": job.recipe.head,
+        **_penalty(sweep),
         "data": f"{job.domains.source.name} -> {job.domains.target.name}",
         "source_fingerprint": job.domains.source.fingerprint,
         "target_fingerprint": job.domains.target.fingerprint,
-        "target_labels": "not used",
+        "target_labels": f"{told} of {len(job.domains.target)} used" if told else "not used",
         "recipe": job.recipe.model_dump(mode="json"),
     }
+
+
+def _penalty(sweep: Sweep[Head]) -> dict[str, float]:
+    head = sweep.head
+    return {"l2": head.l2} if isinstance(head, LinearHead) and head.l2 else {}
 
 
 def _outcome(folder: RunFolder, note: str) -> Outcome:

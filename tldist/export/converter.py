@@ -24,7 +24,8 @@ from tldist.export.conversion_check import graph_fault, picture_fault, structure
 from tldist.export.graph import ExportGraph, check_free_size
 from tldist.export.onnx_file import opset_of, tidy
 from tldist.export.picture import take_pictures
-from tldist.runtime.package import MODEL
+from tldist.models.chain import Chain, folded
+from tldist.runtime.package import FEATURES, MODEL
 from tldist.runtime.preprocess import Preprocessing
 from tldist.runtime.session import INPUT
 
@@ -128,6 +129,7 @@ def convert(
         ModelError: no exporter can do it, or the input's size cannot be free; names all reasons.
         CheckFailed: every exporter's graph answers something else than the module.
     """
+    graph = _folded(graph)
     if graph.input == "dynamic":
         check_free_size(graph)
     refused: list[tuple[str, str]] = []
@@ -159,6 +161,17 @@ def _tried(
     if fault := structure_fault(graph, proto, opset):
         return proto, fault, False
     return proto, *graph_fault(graph, proto)
+
+
+def _folded(graph: ExportGraph) -> ExportGraph:
+    """With the affine transforms of a chain folded into their neighbours, where its features are not asked
+    for: what the head reads is other features then."""
+    if not isinstance(graph.model, Chain) or any(name.startswith(FEATURES) for name in graph.outputs):
+        return graph
+    same = ExportGraph(
+        folded(graph.model), graph.how, graph.outputs, graph.temperature, graph.task, input=graph.input
+    )
+    return same.eval()
 
 
 def resize_inside(proto: onnx.ModelProto, how: Preprocessing) -> None:

@@ -1,15 +1,18 @@
-"""Linear heads fitted on features in closed convex problems: multinomial logistic regression."""
+"""Linear heads fitted on features: multinomial logistic regression, swept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 DEFAULT_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 """L2 strengths that a sweep tries, strongest first."""
+
+H = TypeVar("H")
 
 _MOST_ITERATIONS = 2000
 _EXACT, _ROUGH = 1e-6, 1e-4
@@ -36,24 +39,57 @@ class LinearHead:
         """(N, D) of any float type to float64 (N, K)."""
         return nn.functional.linear(features.double(), self.weight, self.bias)
 
+    def describe(self) -> dict[str, Any]:
+        """As plain data, as a chain's description has it."""
+        outputs, width = self.weight.shape
+        return {"type": "linear", "in": width, "out": outputs}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names that the module has for them."""
+        return {"weight": self.weight, "bias": self.bias}
+
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(Generic[H]):
     """A head chosen by held-out samples, then fitted on all.
 
     Attributes:
-        head: fitted on all samples with the chosen strength.
+        head: fitted on all samples with the choice.
         held_out_accuracy, held_out_loss: of the choice, on the held-out samples (loss in nats).
-        tried: (l2, held-out loss) in the order tried.
+        tried: (what was tried, held-out loss) in the order tried: of logistic regression its l2.
     """
 
-    head: LinearHead
+    head: H
     held_out_accuracy: float
     held_out_loss: float
     tried: tuple[tuple[float, float], ...]
 
 
-def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, *, l2: float) -> LinearHead:
+@dataclass(frozen=True)
+class HeldOut:
+    """Samples (N, D) that choose between heads, with labels and weights."""
+
+    features: Tensor
+    labels: Tensor
+    weights: Tensor
+
+    def loss(self, logits: Tensor) -> float:
+        """The weighted mean of the cross-entropies, in nats."""
+        losses = nn.functional.cross_entropy(logits, self.labels, reduction="none")
+        return float((losses * self._shares).sum())
+
+    def accuracy(self, logits: Tensor) -> float:
+        """The weighted share of right answers."""
+        return float(((logits.argmax(1) == self.labels) * self._shares).sum())
+
+    @property
+    def _shares(self) -> Tensor:
+        return self.weights.double() / self.weights.double().sum()
+
+
+def fit_logistic(
+    features: Tensor, labels: Tensor, num_classes: int, *, l2: float, weights: Tensor | None = None
+) -> LinearHead:
     """Multinomial logistic regression by L-BFGS: full batch, float64, deterministic.
 
     Minimises ``mean cross-entropy + l2 / 2 * |W|^2`` (the bias is free) over features that are centred and
@@ -67,8 +103,9 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, *, l2: floa
         labels: int64 (N,), 0 .. K - 1.
         num_classes: K.
         l2: strength of the penalty, > 0.
+        weights: (N,) of the samples, >= 0: one of weight 2 is one that is there twice. None: all alike.
     """
-    return _fit(_Rotated.of(features), labels, num_classes, l2, _EXACT)
+    return _fit(_Rotated.of(features, weights), labels, num_classes, l2, _EXACT)
 
 
 @dataclass(frozen=True)
@@ -84,22 +121,26 @@ class _Rotated:
     axes: Tensor  # (D, R), orthonormal; directions without variance are dropped: their weight is 0
     variances: Tensor  # (R,)
     coordinates: Tensor  # (N, R)
+    shares: Tensor  # (N,), the weights of the samples, of sum 1
 
     @classmethod
-    def of(cls, features: Tensor) -> _Rotated:
+    def of(cls, features: Tensor, weights: Tensor | None = None) -> _Rotated:
         values = features.double()
-        centre = values.mean(0)
+        weights = torch.ones(len(values)) if weights is None else weights
+        shares = weights.double() / weights.double().sum()
+        centre = values[0] + shares @ (values - values[0])  # exact where a dimension is constant
         centred = values - centre
-        scale = float(centred.square().mean().sqrt()) or 1.0
+        scale = float((shares @ centred.square()).mean().sqrt()) or 1.0
         inputs = centred / scale
+        rooted = inputs * shares.sqrt()[:, None]
         if len(inputs) < inputs.shape[1]:
-            _, singular, rows = torch.linalg.svd(inputs, full_matrices=False)
-            variances, axes = singular.square() / len(inputs), rows.T
+            _, singular, rows = torch.linalg.svd(rooted, full_matrices=False)
+            variances, axes = singular.square(), rows.T
         else:
-            variances, axes = torch.linalg.eigh(inputs.T @ inputs / len(inputs))
+            variances, axes = torch.linalg.eigh(rooted.T @ rooted)
         alive = variances > 1e-12 * variances.max().clamp_min(1e-300)
         axes = axes[:, alive]
-        return cls(centre, scale, axes, variances[alive], inputs @ axes)
+        return cls(centre, scale, axes, variances[alive], inputs @ axes, shares)
 
 
 def _fit(
@@ -123,8 +164,10 @@ def _fit(
     weight.requires_grad_(), bias.requires_grad_()
 
     def objective() -> Tensor:
-        loss = nn.functional.cross_entropy(nn.functional.linear(inputs, weight, bias), labels)
-        return loss + l2 / 2 * (weight * steps).square().sum()
+        losses = nn.functional.cross_entropy(
+            nn.functional.linear(inputs, weight, bias), labels, reduction="none"
+        )
+        return data.shares @ losses + l2 / 2 * (weight * steps).square().sum()
 
     converged = _minimise(objective, [weight, bias], tolerance)
     plain = (weight.detach() * steps) @ data.axes.T / data.scale
@@ -160,7 +203,8 @@ def sweep_logistic(
     held_out: Tensor,
     *,
     grid: Sequence[float] = DEFAULT_GRID,
-) -> Sweep:
+    weights: Tensor | None = None,
+) -> Sweep[LinearHead]:
     """Choose the strength of the penalty by held-out samples, then fit on all samples.
 
     Goes from the strongest to the weakest penalty, each fit starting from the one before, and stops when
@@ -172,21 +216,24 @@ def sweep_logistic(
         num_classes: K.
         held_out: bool (N,), which samples choose; at least one, and not all.
         grid: strengths to try.
+        weights: (N,) of the samples, >= 0, in the fits and in what the held-out ones say. None: all alike.
     """
     seen, unseen = ~held_out, held_out
-    data = _Rotated.of(features[seen])
+    weights = torch.ones(len(features)) if weights is None else weights
+    judge = HeldOut(features[unseen], labels[unseen], weights[unseen])
+    data = _Rotated.of(features[seen], weights[seen])
     head: LinearHead | None = None
     best: tuple[float, LinearHead] | None = None
     tried: list[tuple[float, float]] = []
     for l2 in sorted(grid, reverse=True):
         head = _fit(data, labels[seen], num_classes, l2, _ROUGH, head)
-        loss = float(nn.functional.cross_entropy(head.logits(features[unseen]), labels[unseen]))
+        loss = judge.loss(head.logits(judge.features))
         tried.append((l2, loss))
         if best is not None and loss >= best[0]:
             break
         best = (loss, head)
     assert best is not None
     loss, chosen = best
-    accuracy = (chosen.logits(features[unseen]).argmax(1) == labels[unseen]).double().mean()
-    final = _fit(_Rotated.of(features), labels, num_classes, chosen.l2, _EXACT, chosen)
-    return Sweep(final, float(accuracy), loss, tuple(tried))
+    accuracy = judge.accuracy(chosen.logits(judge.features))
+    final = _fit(_Rotated.of(features, weights), labels, num_classes, chosen.l2, _EXACT, chosen)
+    return Sweep(final, accuracy, loss, tuple(tried))

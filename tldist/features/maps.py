@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from tldist.features.moments import Moments
-from tldist.models.chain import Affine, Scale
+from tldist.models.transforms import Affine, Scale
 
 
 def standardizing(moments: Moments, ridge: float) -> Scale:
@@ -26,18 +27,27 @@ def standardizing(moments: Moments, ridge: float) -> Scale:
     return scale
 
 
-def principal(moments: Moments, count: int) -> Affine:
-    """The map to the first principal components, in float64: centred, of falling variance, not rescaled.
+def principal_axes(moments: Moments) -> tuple[Tensor, Tensor]:
+    """Variances (D,), falling, and the axes (D, D) along which features have them, one a row, in float64.
 
     An axis is turned so that its largest component is positive: the same on every machine.
+    """
+    values, vectors = torch.linalg.eigh(moments.covariance)
+    return values.flip(0), turned(vectors.T.flip(0))
+
+
+def principal(moments: Moments, count: int) -> Affine:
+    """The map to the first principal components, in float64: centred, of falling variance, not rescaled.
 
     Args:
         moments: of the features, of width D.
         count: components to keep, at most D.
     """
-    axes = torch.linalg.eigh(moments.covariance).eigenvectors.flip(1)[:, :count].T
+    axes = principal_axes(moments)[1][:count]
+    return Affine.of(axes, -axes @ moments.mean)
+
+
+def turned(axes: Tensor) -> Tensor:
+    """Rows (d, D), each with its largest component positive."""
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
-    affine = Affine(moments.width, count).double()
-    affine.weight = axes * largest.sign()
-    affine.bias = -affine.weight @ moments.mean
-    return affine
+    return axes * torch.where(largest < 0, -1.0, 1.0)

@@ -2,71 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from tldist.errors import BundleError
 from tldist.models.heads import find_head, pool, replace_module
+from tldist.models.transforms import Affine, Scale, Transform, build_transform
 
-
-class Affine(nn.Module):
-    """``x -> x @ weight.T + bias`` with fixed (not trained) weight (D_out, D_in) and bias (D_out,)."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.eye(out_features, in_features))
-        self.register_buffer("bias", torch.zeros(out_features))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(N, D_in) to (N, D_out)."""
-        return nn.functional.linear(features, self.weight, self.bias)
-
-    def describe(self) -> dict[str, Any]:
-        """As plain data."""
-        return {"type": "affine", "in": self.weight.shape[1], "out": self.weight.shape[0]}
-
-
-class Scale(nn.Module):
-    """``x -> x * weight + bias``, element by element, with fixed weight and bias (D,)."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.ones(features))
-        self.register_buffer("bias", torch.zeros(features))
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(N, D) to (N, D)."""
-        return features * self.weight + self.bias
-
-    def describe(self) -> dict[str, Any]:
-        """As plain data."""
-        return {"type": "scale", "in": self.weight.shape[0], "out": self.weight.shape[0]}
-
-
-Transform = Affine | Scale
-
-
-def build_transform(description: Mapping[str, Any]) -> Transform:
-    """The transform of a description, to be filled with its tensors."""
-    kind = description.get("type")
-    if kind == "affine":
-        return Affine(int(description["in"]), int(description["out"]))
-    if kind == "scale":
-        return Scale(int(description["in"]))
-    raise BundleError(f"transform of unknown type '{kind}' (known: affine, scale).")
+__all__ = ["Affine", "Chain", "Scale", "Transform", "build_transform", "fold", "folded"]
 
 
 class Chain(nn.Module):
-    """A headless backbone, transforms of its features, and a linear head.
+    """A headless backbone, transforms of its features, and a head.
 
     Args:
         backbone: a classifier network; its head is taken off.
@@ -88,3 +37,71 @@ class Chain(nn.Module):
             features = transform(features)
         logits: Tensor = self.head(features)
         return logits
+
+
+def folded(chain: Chain) -> Chain:
+    """The same function with its affine transforms folded into their neighbours, for what only runs it.
+
+    A bundle keeps them apart, so that its description stays readable and its features are those of the
+    common space. What the head reads here are other features.
+    """
+    transforms, head = fold(list(chain.transforms), chain.head)
+    same = copy.copy(chain)  # shares the backbone
+    same._modules = {**chain._modules, "transforms": nn.ModuleList(transforms), "head": head}
+    return same
+
+
+@torch.no_grad()
+def fold(transforms: Sequence[nn.Module], head: nn.Linear) -> tuple[list[nn.Module], nn.Linear]:
+    """Put affine transforms and a linear head together, where that makes no more multiplications.
+
+    Products are formed in float64 and rounded once, so the function is the same up to rounding.
+
+    Args:
+        transforms: in the order in which features pass them.
+        head: after the last.
+
+    Returns:
+        What is left of both; the given modules stay as they are.
+    """
+    left: list[nn.Module] = []
+    for module in [*transforms, head]:
+        while left and (joined := _joined(left[-1], module)) is not None:
+            module = joined
+            left.pop()
+        left.append(module)
+    last = left.pop()
+    assert isinstance(last, nn.Linear)
+    return left, last
+
+
+def _joined(first: nn.Module, second: nn.Module) -> nn.Module | None:
+    """Two affine maps as one of the second's kind; None where they are not, or would cost more as one."""
+    if not isinstance(first, Affine | Scale) or not (
+        isinstance(second, Affine | Scale) or type(second) is nn.Linear
+    ):
+        return None
+    if isinstance(first, Scale) and isinstance(second, Scale):
+        scale = Scale(len(first.weight)).to(first.weight)
+        scale.weight = first.weight * second.weight
+        scale.bias = first.bias * second.weight + second.bias
+        return scale
+    (inner, offset), (outer, shift) = _matrix(first), _matrix(second)
+    apart = inner.numel() * isinstance(first, Affine) + outer.numel() * (not isinstance(second, Scale))
+    weight, bias = outer @ inner, outer @ offset + shift
+    if weight.numel() > apart:
+        return None
+    own = next(first.buffers())
+    if not isinstance(second, nn.Linear):
+        return Affine.of(weight.to(own), bias.to(own))
+    head = nn.Linear(weight.shape[1], weight.shape[0]).to(own)
+    head.weight.copy_(weight), head.bias.copy_(bias)
+    return head.requires_grad_(second.weight.requires_grad)
+
+
+def _matrix(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight (D_out, D_in) and bias of an affine map, in float64."""
+    assert isinstance(module, Affine | Scale | nn.Linear)
+    weight = module.weight.double()
+    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.double()
+    return (weight.diag() if isinstance(module, Scale) else weight), bias

@@ -13,6 +13,7 @@ from tldist.models.chain import Chain, build_transform
 from tldist.models.composite import Concat, Ensemble
 from tldist.models.composite_layout import COMPOSITES, ConcatLayout, EnsembleLayout, input_of, read_layout
 from tldist.models.heads import no_single_head
+from tldist.models.neighbours import build_head
 from tldist.models.zoo import build_network
 from tldist.runtime.preprocess import Preprocessing
 
@@ -50,8 +51,7 @@ def _build(description: Mapping[str, Any], trust_code: bool, depth: int) -> nn.M
             raise BundleError(f"a chain on a backbone of type '{inner['type']}' (known: network, concat).")
         backbone = _build(inner, trust_code, depth + 1)
         transforms = [build_transform(part) for part in description["transforms"]]
-        head = description["head"]
-        return Chain(backbone, transforms, nn.Linear(int(head["in"]), int(head["out"])))
+        return Chain(backbone, transforms, build_head(description["head"]))
     if kind == "ensemble":
         votes = read_layout(EnsembleLayout, description)
         return Ensemble(votes, [_build(member.model, trust_code, depth + 1) for member in votes.members])
@@ -81,7 +81,8 @@ def with_outputs(description: Mapping[str, Any], num_classes: int) -> dict[str, 
     if description["type"] == "ensemble":
         raise no_single_head()
     if description["type"] in ("chain", "concat"):
-        return {**description, "head": {**description["head"], "out": num_classes}}
+        width = description["head"]["in"]  # a head of neighbours becomes a linear one, which can be trained
+        return {**description, "head": {"type": "linear", "in": width, "out": num_classes}}
     return {**description, "num_classes": num_classes}
 
 
@@ -121,10 +122,11 @@ def architecture_name(description: Mapping[str, Any]) -> str:
     else:
         return str(description["name"])
     parts = [part["type"] for part in description["transforms"]]
-    return " -> ".join([first, *parts, "linear"])
+    return " -> ".join([first, *parts, description["head"].get("type", "linear")])
 
 
 def _backbone_name(description: Mapping[str, Any]) -> str:
     """Of a model whose head is taken off."""
     name = architecture_name({"type": "network", **description})
-    return f"({name.removesuffix(' -> linear')})" if " " in name else name
+    bare = name.removesuffix(" -> linear").removesuffix(" -> neighbours")
+    return f"({bare})" if " " in name else name
