@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 from tests.support_export import write_bundle_of
 from tldist.export.bisect import bisect
@@ -49,7 +51,7 @@ def changed(proto: onnx.ModelProto, change: Change) -> onnx.ModelProto:
     return wrong
 
 
-def set_weight(name: str, place: tuple[int, ...], value: float) -> Change:
+def set_weight(name: str, place: tuple[Any, ...], value: float | np.ndarray) -> Change:
     def change(proto: onnx.ModelProto) -> None:
         tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
         array = numpy_helper.to_array(tensor).copy()
@@ -238,6 +240,27 @@ def test_bisect__half_precision_graph_by_its_own_tolerance(
     departure = found_at(graph, program, wrong, 2e-2)
     assert departure.op == "Conv"
     assert departure.position[1] == 3
+
+
+def test_bisect__int8_graph_by_its_own_tolerance(
+    graph: ExportGraph, program: Program, small: tuple[Path, Path], tmp_path: Path
+) -> None:
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.images = iter(natural_images(8, 40, 40))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(self.images, None)
+            return None if image is None else {"images": image[None]}
+
+    quantize_static(small[1] / "model.onnx", tmp_path / "int8.onnx", Reader(), per_channel=True)
+    whole = onnx.load(tmp_path / "int8.onnx")
+    assert bisect(graph, whole, IMAGES, tolerance=0.1, program=program) is None
+    weight = next(t for t in whole.graph.initializer if t.name == "model.conv.weight_quantized")
+    array = numpy_helper.to_array(weight)
+    wrong = changed(whole, set_weight(weight.name, (...,), -array))
+    departure = found_at(graph, program, wrong, 0.1)
+    assert (departure.op, departure.value) == ("Conv", "getitem_3")
 
 
 def test_bisect__exporter_that_records_something_else(tmp_path: Path) -> None:

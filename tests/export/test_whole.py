@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import compose, numpy_helper, parser
 from PIL import Image
 
@@ -192,3 +193,18 @@ def test_bisect__pictures_that_agree_have_no_departure(small: tuple[Path, Path],
     package = package_of(small, tmp_path / "package")
     graph = load_graph(small[0], ("logits", "probabilities"), trust_code=True)[0]
     assert bisect(graph, package / "model.onnx", pictures().pictures[1][None]) is None
+
+
+def test_answer__is_in_the_order_of_the_samples_though_sizes_come_in_turns(small: tuple[Path, Path]) -> None:
+    graph = load_graph(small[0], ("logits", "probabilities"), trust_code=True)[0]
+    shapes = [(50, 60), (44, 41), (50, 60), (44, 41)]
+    others = tuple(natural_images(1, *shape, seed=n)[0] for n, shape in enumerate(shapes))
+    samples = Samples(natural_images(2, 40, 40), (("real", 6),), tuple("abcdef"), others)
+    found = answer(graph, samples)
+    with torch.no_grad():
+        alone = [graph(torch.from_numpy(image[None]))[0] for image in [*samples.images, *others]]
+    expected = torch.cat(alone).numpy()
+    np.testing.assert_allclose(found.expected["logits"], expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.referee["logits"], expected, rtol=0, atol=1e-6)
+    assert np.abs(expected[2] - expected[3]).max() > 1e-4
+    assert answer(graph, samples, referee=False).referee == {}

@@ -92,21 +92,26 @@ def _ask_pytorch(
     graph: ExportGraph, package: Graph, images: np.ndarray, tolerance: float, program: Program | None
 ) -> tuple[Graph | None, dict[str, Value], Departure | None]:
     """A fresh export, the values that the package should have, and whether the program itself departs."""
-    wanted = package.values_of_network()
+    wanted, network = package.values(), package.values_of_network()
     try:
         program = program or record(graph, package.proto, images)
     except Exception as error:  # whatever the exporter raises, the other one is left
         warn(f"the dynamo exporter cannot export it again: {str(error).splitlines()[0]}")
     else:
         expected = values_of(program, graph.outputs, images, wanted)
-        if len(expected) >= _SHARE * len(wanted):
+        if _are_known(network, expected):
             departure = _program_departure(graph, program, images, tolerance)
             return Graph(program.proto), expected, departure
     fresh = Graph(export_by_torchscript(graph, package.proto, images))
     values = run_values(fresh, set(fresh.values()) & set(wanted), images)
     expected = {name: Value(value.astype(np.float64), 0.0) for name, value in values.items()}
     # A graph of neither exporter can be compared at its outputs; its nodes have nothing to be compared with.
-    return fresh if len(expected) >= _SHARE * len(wanted) else None, expected, None
+    return fresh if _are_known(network, expected) else None, expected, None
+
+
+def _are_known(network: list[str], expected: Mapping[str, Value]) -> bool:
+    """Whether a graph's values have the names of what they are compared with."""
+    return sum(name in expected for name in network) >= _SHARE * len(network)
 
 
 def _program_departure(
@@ -142,7 +147,7 @@ def _graph_departure(
 ) -> Departure | None:
     """The first value of the ONNX graph that departs, and the node that computes it."""
     flow = Dataflow(package.proto)
-    known = [name for name in package.values_of_network() if _comparable(expected.get(name), found.get(name))]
+    known = [name for name in package.values() if _comparable(expected.get(name), found.get(name))]
     wrong = [name for name in known if _departs(expected[name], found[name], tolerance)]
     outputs = {value.name for value in package.proto.graph.output}
     if not outputs.intersection(wrong):

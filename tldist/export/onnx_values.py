@@ -18,6 +18,7 @@ LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENA
 """ONNX Runtime's optimisation levels, from none on."""
 FITTED = "picture.fitted"
 """In a graph that takes whole pictures, what it resizes and crops them to: uint8 (N, H, W, 3)."""
+_PRECISION = ("Cast", "QuantizeLinear", "DequantizeLinear")
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _SILENT = 4
 _WEIGHT_ERROR = 1e-6
@@ -48,9 +49,25 @@ class Graph:
         return [name for node in self.proto.graph.node for name in node.output if name]
 
     def values_of_network(self) -> list[str]:
-        """The same without what resizes pictures in front of it, which no module computes."""
-        names = self.values()
-        return names[names.index(FITTED) + 1 :] if FITTED in names else names
+        """The same without what no module computes: a resize of pictures in front of it, and what lower
+        precisions put between its nodes."""
+        every = self.values()
+        front = set(every[: every.index(FITTED) + 1]) if FITTED in every else set()
+        nodes = [node for node in self.proto.graph.node if node.op_type not in _PRECISION]
+        return [name for node in nodes for name in node.output if name and name not in front]
+
+    def as_read(self) -> dict[str, str]:
+        """For each value that is quantised, the name of what its readers see of it: quantised and back.
+
+        A quantised graph needs no ReLU: the quantisation clips what is negative, so that the value before it
+        is not what PyTorch calls by its name.
+        """
+        ints = {node.input[0]: node.output[0] for node in self._of("QuantizeLinear")}
+        back = {node.input[0]: node.output[0] for node in self._of("DequantizeLinear")}
+        return {name: back[whole] for name, whole in ints.items() if whole in back}
+
+    def _of(self, op: str) -> list[onnx.NodeProto]:
+        return [node for node in self.proto.graph.node if node.op_type == op]
 
     def weight(self, name: str) -> np.ndarray | None:
         """An initialiser; None where there is none of that name."""
@@ -64,7 +81,7 @@ class Graph:
 def run_values(
     graph: Graph, names: Collection[str], images: np.ndarray, level: str = LEVELS[0], provider: str = CPU
 ) -> dict[str, np.ndarray]:
-    """The values of the given names beside the outputs.
+    """The values of the given names, as their readers see them, beside the outputs.
 
     Args:
         graph: to run.
@@ -76,8 +93,12 @@ def run_values(
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.proto)
     there = {value.name for value in proto.graph.output}
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
-    return run_at(Graph(proto, graph.folder), level, provider, images)
+    read = graph.as_read()
+    asked = {name: read.get(name, name) for name in names if name not in there}
+    exposed = dict.fromkeys(name for name in asked.values() if name not in there)
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in exposed)
+    found = run_at(Graph(proto, graph.folder), level, provider, images)
+    return {name: found[name] for name in there} | {name: found[seen] for name, seen in asked.items()}
 
 
 def run_at(graph: Graph, level: str, provider: str, images: np.ndarray) -> dict[str, np.ndarray]:
