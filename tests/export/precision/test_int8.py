@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from tests.support_precision import Net, agree, body, fitted, node, ops, pictures, run_float
+from tests.support_precision import Net, agree, fitted, node, ops, pictures, run_float
 from tldist.errors import CheckFailed
 from tldist.export.precision.closeness import closeness
 from tldist.export.precision.exclude import within_budget
@@ -259,8 +259,11 @@ def test_closeness__of_features_decides_nothing() -> None:
 
 def test_plan__is_not_changed_by_quantising(plan: Plan) -> None:
     before = plan.proto.SerializeToString(deterministic=True)
+    ranges = {name: [np.copy(side) for side in data.range_value] for name, data in plan.ranges.items()}
     first, again = quantize(plan), quantize(plan)
     assert plan.proto.SerializeToString(deterministic=True) == before
     assert ops(first) == ops(again)
+    assert set(plan.ranges.keys()) == set(ranges)
+    for name, data in plan.ranges.items():
+        np.testing.assert_array_equal(data.range_value, ranges[name])
     assert ops(quantize(replace(plan, gates=False))) != ops(first)
-    assert body  # the network of the fixture
