@@ -257,7 +257,8 @@ def test_closeness__of_features_decides_nothing() -> None:
     assert (near.decided, near.flipped, near.top1, near.cosine) == (None, None, None, pytest.approx(1.0))
 
 
-def test_plan__is_not_changed_by_quantising(plan: Plan) -> None:
+def test_plan__is_not_changed_by_quantising(net: onnx.ModelProto) -> None:
+    plan = plan_of(net, images=CALIBRATION[:8])
     before = plan.proto.SerializeToString(deterministic=True)
     ranges = {name: [np.copy(side) for side in data.range_value] for name, data in plan.ranges.items()}
     first, again = quantize(plan), quantize(plan)
