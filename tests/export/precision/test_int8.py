@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from tests.support_precision import Net, agree, body, fitted, node, ops, pictures, run_float
+from tests.support_precision import Net, agree, fitted, node, ops, pictures, run_float
 from tldist.errors import CheckFailed
 from tldist.export.precision.closeness import closeness
 from tldist.export.precision.exclude import within_budget
@@ -257,10 +257,14 @@ def test_closeness__of_features_decides_nothing() -> None:
     assert (near.decided, near.flipped, near.top1, near.cosine) == (None, None, None, pytest.approx(1.0))
 
 
-def test_plan__is_not_changed_by_quantising(plan: Plan) -> None:
+def test_plan__is_not_changed_by_quantising(net: onnx.ModelProto) -> None:
+    plan = plan_of(net, images=CALIBRATION[:8])
     before = plan.proto.SerializeToString(deterministic=True)
+    ranges = {name: [np.copy(side) for side in data.range_value] for name, data in plan.ranges.items()}
     first, again = quantize(plan), quantize(plan)
     assert plan.proto.SerializeToString(deterministic=True) == before
     assert ops(first) == ops(again)
+    assert set(plan.ranges.keys()) == set(ranges)
+    for name, data in plan.ranges.items():
+        np.testing.assert_array_equal(data.range_value, ranges[name])
     assert ops(quantize(replace(plan, gates=False))) != ops(first)
-    assert body  # the network of the fixture

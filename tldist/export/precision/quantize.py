@@ -29,7 +29,6 @@ from tldist.export.precision.graphs import (
     add_constant,
     attribute,
     checked,
-    consumers,
     copy_of,
     front_nodes,
     initializers,
@@ -179,7 +178,7 @@ def quantize(plan: Plan, exclude: frozenset[str] = frozenset(), *, explicit: boo
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
-    made = _with_float_weights_kept(_without_second_rounding(quantizer.model.model))
+    made = _with_float_weights_kept(quantizer.model.model)
     if plan.gates and not explicit:
         made, _ = with_integer_gates(made)
     del made.metadata_props[:]
@@ -215,19 +214,6 @@ def _never(plan: Plan) -> set[str]:
     by_profile = {n.name for n in plan.proto.graph.node if n.name in named or n.op_type in named}
     own = {n.name for n in plan.proto.graph.node if any(name.startswith(PREFIX) for name in n.output)}
     return by_profile | (front_nodes(plan.proto) - own)
-
-
-def _without_second_rounding(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Pixels are uint8 already: the pair that the quantiser puts behind them is taken out again."""
-    read_by = consumers(proto)
-    pair = [n for n in read_by.get(PIXELS, ()) if n.op_type == "QuantizeLinear"]
-    again = {one.output[0] for n in pair for one in read_by[n.output[0]] if one.op_type == "DequantizeLinear"}
-    for node in proto.graph.node:
-        for at, name in enumerate(node.input):
-            if name in again:
-                node.input[at] = PIXELS
-    set_nodes(proto, list(proto.graph.node))
-    return proto
 
 
 def _with_float_weights_kept(proto: onnx.ModelProto) -> onnx.ModelProto:
