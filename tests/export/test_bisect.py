@@ -260,7 +260,7 @@ def test_bisect__int8_graph_by_its_own_tolerance(
     array = numpy_helper.to_array(weight)
     wrong = changed(whole, set_weight(weight.name, (...,), -array))
     departure = found_at(graph, program, wrong, 0.1)
-    assert (departure.op, departure.value) == ("Conv", "getitem_3")
+    assert (departure.op, departure.value, departure.why) == ("Conv", "getitem_3", "")
 
 
 def test_bisect__exporter_that_records_something_else(tmp_path: Path) -> None:
