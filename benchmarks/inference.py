@@ -26,7 +26,8 @@ from torch import nn
 from torchvision import models
 
 from tldist.domain import DataRecipe, open_domain
-from tldist.export import converter
+from tldist.export.converter import convert
+from tldist.export.graph import ExportGraph, load_graph
 from tldist.export.precision.lower import lower
 from tldist.export.precision.running import open_proto, run
 from tldist.export.profile import Profile, find_profile
@@ -94,7 +95,7 @@ def pytorch_variants(model: nn.Module, with_compile: bool) -> dict[str, Call]:
 
 def to_onnx(graph: nn.Module) -> onnx.ModelProto:
     """The float32 graph."""
-    converted = converter.convert(graph, None)
+    converted = convert(graph, None)
     return getattr(converted, "proto", converted)
 
 
@@ -142,7 +143,7 @@ def speed(names: list[str], batches: list[int], turns: int, with_compile: bool) 
     slow: set[str] = set()
     for name in names:
         model = network(name)
-        proto = to_onnx(converter.ExportGraph(model, HOW, ("logits",)).eval())
+        proto = to_onnx(ExportGraph(model, HOW, ("logits",)).eval())
         calls = pytorch_variants(model, with_compile)
         calls[ONNX] = onnx_call(proto)
         calls[INT8] = onnx_call(int8_of(proto, profile, natural_images(32, 224, 224, seed=3)))
@@ -201,7 +202,7 @@ def agreement(pairs: list[str], images: int) -> None:
 
 
 def _agreement_row(bundle: Path, domain: str, images: int) -> str:
-    graph, config = converter.load_graph(bundle, ("logits",))
+    graph, config = load_graph(bundle, ("logits",))
     fitted = _pictures(domain, "train", FIT, config.preprocessing)
     shown = _pictures(domain, "val", images, config.preprocessing)
     if len(fitted) + len(shown) <= FIT:  # a small domain: all that there is
