@@ -32,17 +32,17 @@ from torchvision.models import get_model_weights
 
 from tldist.errors import TldistError
 from tldist.export.answers import answer
-from tldist.export.compare import SLACK, relative_error
 from tldist.export.converter import convert
 from tldist.export.graph import ExportGraph
+from tldist.export.groups import relative_error
+from tldist.export.natural import extreme_images, natural_images
 from tldist.export.onnx_file import save
 from tldist.export.profile import find_profile
-from tldist.export.samples import extreme_images, natural_images
 from tldist.models.heads import find_head
 from tldist.models.load import input_tensor
 from tldist.models.zoo import build_network, describe_network, list_architectures
 from tldist.runtime.preprocess import Preprocessing
-from tldist.runtime.reference import Samples
+from tldist.runtime.reference import SLACK, Samples
 from tldist.runtime.session import open_session
 
 SIZES = {"inception_v3": 299}

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tldist.errors import TldistError
-from tldist.export.samples import natural_images
+from tldist.export.natural import natural_images
 from tldist.models.heads import find_head
 from tldist.models.load import Start, input_tensor, save_bundle, start_model
 from tldist.models.weights import find_weights

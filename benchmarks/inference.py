@@ -28,10 +28,10 @@ from torchvision import models
 from tldist.domain import DataRecipe, open_domain
 from tldist.export.converter import convert
 from tldist.export.graph import ExportGraph, load_graph
+from tldist.export.natural import natural_images
 from tldist.export.precision.lower import lower
 from tldist.export.precision.running import open_proto, run
 from tldist.export.profile import Profile, find_profile
-from tldist.export.samples import natural_images
 from tldist.models.load import input_tensor
 from tldist.runtime.preprocess import Preprocessing, prepare
 

@@ -9,9 +9,10 @@ import pytest
 
 from tldist.bundle import Task
 from tldist.export.agreement import Agreement
-from tldist.export.compare import Answers, Meaning, smallest_cosine
+from tldist.export.compare import Meaning
 from tldist.export.compare import compare as compare_answers
-from tldist.export.groups import SLACK
+from tldist.export.decisions import Answers
+from tldist.export.groups import SLACK, smallest_cosine
 from tldist.export.profile import Tolerances
 
 TOLERANCES = Tolerances(max_relative=1e-4, min_cosine=0.999999, max_flipped=0.0)

@@ -31,7 +31,7 @@ from tldist.errors import CheckFailed, ModelError
 from tldist.export.conversion_check import graph_fault, structure_fault
 from tldist.export.converter import Converted, convert
 from tldist.export.graph import ExportGraph, run_graph
-from tldist.export.samples import natural_images
+from tldist.export.natural import natural_images
 from tldist.fuse.outputs import build_ensemble
 from tldist.models.chain import Affine
 from tldist.models.composite_layout import Input

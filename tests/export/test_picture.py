@@ -16,8 +16,8 @@ from tldist.export import picture
 from tldist.export.conversion_check import fit_difference, picture_fault
 from tldist.export.converter import convert, resize_inside
 from tldist.export.graph import ExportGraph, run_graph
+from tldist.export.natural import natural_images
 from tldist.export.picture import FITTED, fit_graph
-from tldist.export.samples import natural_images
 from tldist.runtime.preprocess import Preprocessing, fit
 from tldist.runtime.session import open_session
 

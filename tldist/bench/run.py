@@ -21,8 +21,7 @@ from tldist.progress import say, show_plan, warn
 from tldist.runs import Outcome, RunFolder, open_run, recorded
 from tldist.runtime.package import REFERENCE, Package
 from tldist.runtime.provider import DEVICES
-from tldist.runtime.reference import Reference, read_reference
-from tldist.runtime.selftest import SLACK
+from tldist.runtime.reference import SLACK, Reference, read_reference
 
 PICTURE = "bench.svg"
 _TOLERANCES = {"bf16": 0.2, "fp16": 0.05, "cuda": 0.02, "cpu": 1e-3}

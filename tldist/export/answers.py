@@ -19,19 +19,13 @@ def answer(graph: ExportGraph, samples: Samples, *, referee: bool = True) -> Ref
         samples: of any sizes that it takes.
         referee: ask in float64 too.
     """
-    expected = _run(graph, samples)
+    expected = samples.collect(lambda images: run_graph(graph, images))
     exact: dict[str, np.ndarray] = {}
     if referee:
         try:
-            exact = _run(copy.deepcopy(graph).double(), samples)
+            double = copy.deepcopy(graph).double()
+            exact = samples.collect(lambda images: run_graph(double, images))
         except RuntimeError as error:  # code of one's own may insist on float32
             reason = str(error).splitlines()[0]
             warn(f"the model does not run in float64, so parity has no referee: {reason}")
     return Reference(samples, {name: values.astype(np.float32) for name, values in expected.items()}, exact)
-
-
-def _run(graph: ExportGraph, samples: Samples) -> dict[str, np.ndarray]:
-    """(N, D) of each output; images of one size run together, and their rows go back to their places."""
-    parts = [(rows, run_graph(graph, images)) for rows, images in samples.by_size()]
-    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
-    return {name: np.concatenate([found[name] for _, found in parts])[order] for name in graph.outputs}

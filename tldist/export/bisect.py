@@ -20,8 +20,8 @@ import torch
 from tldist.export.dataflow import Dataflow, module_of
 from tldist.export.departure import Departure, finite
 from tldist.export.graph import ExportGraph
-from tldist.export.groups import SLACK
-from tldist.export.onnx_values import FITTED, LEVELS, Graph, find_difference, run_at, run_values
+from tldist.export.onnx_values import LEVELS, Graph, find_difference, run_at, run_values
+from tldist.export.picture import FITTED
 from tldist.export.program import (
     Program,
     Value,
@@ -34,6 +34,7 @@ from tldist.export.program import (
     values_of,
 )
 from tldist.progress import warn
+from tldist.runtime.reference import SLACK
 from tldist.runtime.session import CPU, Session
 
 NODE_TOLERANCE = 1e-5

@@ -15,7 +15,7 @@ from tldist.export.verdict import FORMAT, Verdict
 from tldist.files import read_json, sha256_file
 from tldist.runtime.package import MODEL, PARITY, REFERENCE, PackageConfig
 
-_LIBRARIES = ("torch", "numpy", "pillow", "onnx", "onnxscript")
+_LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "onnx", "onnxscript")
 _FLAGS = {
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "bf16", "sve",

@@ -15,11 +15,9 @@ from tldist.bundle import Task
 from tldist.export.agreement import Agreement, GroupAgreement
 from tldist.export.decisions import Answers, decide, find_flips
 from tldist.export.faults import decision_faults, find_warnings, group_faults, neighbour_faults
-from tldist.export.groups import SLACK, compare_group, relative_error, smallest_cosine
+from tldist.export.groups import compare_group
 from tldist.export.neighbours import neighbours_of, shared_neighbours
 from tldist.export.profile import Tolerances
-
-__all__ = ["SLACK", "Answers", "Meaning", "compare", "relative_error", "smallest_cosine"]
 
 FLOOR = 1e-6
 """A group of samples whose outputs are smaller than this share of all others' is held to that share."""

@@ -15,12 +15,14 @@ import onnx
 from PIL import Image
 
 from tldist.errors import TldistError
-from tldist.export.compare import FLOOR, SLACK, relative_error
+from tldist.export.compare import FLOOR
 from tldist.export.graph import ExportGraph, other_sizes, run_graph
+from tldist.export.groups import relative_error
+from tldist.export.natural import extreme_images, natural_images
 from tldist.export.onnx_file import opset_of, written
 from tldist.export.picture import FITTED, fit_graph
-from tldist.export.samples import extreme_images, natural_images
 from tldist.runtime.preprocess import Preprocessing, fit
+from tldist.runtime.reference import SLACK
 from tldist.runtime.session import INPUT, Session, open_session
 
 NEAR = 1e-3

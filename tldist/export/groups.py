@@ -9,12 +9,8 @@ import numpy as np
 
 from tldist.export.agreement import GroupAgreement, Source
 from tldist.export.profile import Tolerances
-from tldist.runtime.reference import EXTREMES
+from tldist.runtime.reference import EXTREMES, SLACK, largest_error
 
-SLACK = 8.0
-"""A tolerance is widened to this multiple of PyTorch's own float32 error, where that is larger: two correct
-float32 implementations are each off by about that much, and the largest error seen varies from one to the
-other (up to 6 times was seen on chaotic, untrained networks)."""
 _EPSILON = float(np.finfo(np.float32).eps)
 
 
@@ -86,7 +82,7 @@ def _tolerance(profile: float, own: float, logits: float, resize: float) -> tupl
 
 def relative_error(expected: np.ndarray, found: np.ndarray, magnitude: float) -> float:
     """The largest error relative to ``magnitude``, computed in float64."""
-    return float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max()) / magnitude
+    return largest_error(expected, found) / magnitude
 
 
 def smallest_cosine(expected: np.ndarray, found: np.ndarray) -> float:

@@ -60,9 +60,12 @@ def judge(
 
 def answers_alone(session: Session, samples: Samples) -> dict[str, np.ndarray]:
     """float32 (N, D) of each output, each image run alone: what a package records of itself."""
-    parts = [session.run(image[None]) for _, images in samples.by_size() for image in images]
-    order = np.argsort(np.concatenate([rows for rows, _ in samples.by_size()]))
-    return {name: np.concatenate([part[name] for part in parts])[order] for name in session.outputs}
+
+    def one_by_one(images: np.ndarray) -> dict[str, np.ndarray]:
+        parts = [session.run(image[None]) for image in images]
+        return {name: np.concatenate([part[name] for part in parts]) for name in session.outputs}
+
+    return samples.collect(one_by_one)
 
 
 def departing_images(session: Session, reference: Reference) -> np.ndarray:

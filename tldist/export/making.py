@@ -6,7 +6,6 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import onnx
@@ -16,7 +15,7 @@ from tldist.bundle import WEIGHTS, BundleConfig, parent_record
 from tldist.errors import CheckFailed
 from tldist.export.agreement import Resize
 from tldist.export.answers import answer
-from tldist.export.certificate import certify
+from tldist.export.certificate import certify, library_versions
 from tldist.export.converter import Converted, convert, resize_inside
 from tldist.export.explain import explain
 from tldist.export.graph import ExportGraph, load_graph
@@ -33,8 +32,6 @@ from tldist.progress import say
 from tldist.runtime.package import FEATURES, LOGITS, MODEL, PARITY, REFERENCE, PackageConfig, open_graph
 from tldist.runtime.reference import Reference, thin, write_reference
 from tldist.runtime.session import Session, open_session
-
-_LIBRARIES = ("torch", "torchvision", "onnx", "onnxscript", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def make_package(
     reference = _ask(job)
     converted = _convert(job)
     lowered = _lower(job, converted, reference)
-    config = _describe(job, converted, lowered)
+    config = _describe(job, converted, lowered, reference)
     save(lowered.proto, out / MODEL, config.graph_metadata())
     session = open_graph(out, config)
     reference, verdict = _judge(job, out, session, reference)
@@ -172,9 +169,9 @@ def _judge(job: Job, out: Path, session: Session, reference: Reference) -> tuple
     return reference, verdict
 
 
-def _describe(job: Job, converted: Converted, lowered: Lowered) -> PackageConfig:
+def _describe(job: Job, converted: Converted, lowered: Lowered, reference: Reference) -> PackageConfig:
     recipe, bundle = job.recipe, job.bundle
-    outputs = dict(zip(job.graph.outputs, job.graph.widths()))
+    outputs = {name: int(values.shape[1]) for name, values in reference.expected.items()}
     features = any(name.startswith(FEATURES) for name in outputs)
     return PackageConfig(
         classes=bundle.classes if LOGITS in outputs else (),
@@ -193,7 +190,7 @@ def _describe(job: Job, converted: Converted, lowered: Lowered) -> PackageConfig
         versions={
             "tldist": __version__,
             "python": platform.python_version(),
-            **{library: version(library) for library in _LIBRARIES},
+            **library_versions(),
         },
         input=recipe.input,
         features={"pool": recipe.pool, "l2": recipe.l2} if features else {},

@@ -12,12 +12,11 @@ import onnx
 import onnxruntime
 from onnx import numpy_helper
 
+from tldist.export.picture import FITTED
 from tldist.runtime.session import CPU, INPUT
 
 LEVELS = ("ORT_DISABLE_ALL", "ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 """ONNX Runtime's optimisation levels, from none on."""
-FITTED = "picture.fitted"
-"""In a graph that takes whole pictures, what it resizes and crops them to: uint8 (N, H, W, 3)."""
 _PRECISION = ("Cast", "QuantizeLinear", "DequantizeLinear")
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _SILENT = 4

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from tldist.export.converter import quiet
 from tldist.export.graph import ExportGraph
-from tldist.export.onnx_values import FITTED
+from tldist.export.picture import FITTED
 from tldist.runtime.package import MODEL
 from tldist.runtime.session import INPUT
 

@@ -17,8 +17,6 @@ from tldist.runtime.package import Input
 from tldist.runtime.preprocess import Preprocessing, prepare
 from tldist.runtime.reference import Samples
 
-__all__ = ["chosen_images", "extreme_images", "gather_samples", "natural_images", "real_images"]
-
 OTHER_SIZE = 5
 """Pictures that a graph of any size is compared on at a second size too, neither square nor the first."""
 _STRIDE = 32

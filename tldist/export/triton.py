@@ -17,9 +17,9 @@ from tldist.errors import MachineError, PackageError
 from tldist.files import atomic_folder
 from tldist.progress import warn
 from tldist.runtime.package import LOGITS, MODEL, PROBABILITIES, PackageConfig, open_graph, read_package
+from tldist.runtime.provider import CUDA, TENSORRT
 from tldist.runtime.session import CPU, INPUT, Session
 
-CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 CONFIG, LABELS, VERSION = "config.pbtxt", "labels.txt", "1"
 MARK = "tldist.package"
 """The parameter that holds the package's identity; a model folder without it is not ours to replace."""

@@ -8,9 +8,7 @@ from typing import Any
 
 from tldist.export.agreement import Agreement, Resize, Source
 from tldist.export.departure import Departure
-from tldist.export.judge import BATCHES, judge
-
-__all__ = ["BATCHES", "FORMAT", "Verdict", "judge"]
+from tldist.export.judge import BATCHES
 
 FORMAT = "tldist.parity/1"
 _SHOWN = 5

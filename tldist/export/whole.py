@@ -16,7 +16,8 @@ from tldist.errors import PackageError
 from tldist.export.agreement import Resize
 from tldist.export.answers import answer
 from tldist.export.graph import ExportGraph
-from tldist.export.onnx_values import FITTED, LEVELS, Graph, run_values
+from tldist.export.onnx_values import LEVELS, Graph, run_values
+from tldist.export.picture import FITTED
 from tldist.runtime.preprocess import fit
 from tldist.runtime.reference import Reference, Samples
 from tldist.runtime.session import CPU
@@ -57,10 +58,6 @@ def fitted_pixels(model: Path, samples: Samples, provider: str) -> np.ndarray:
     package = Graph.open(model)
     if FITTED not in package.values():
         raise PackageError(f"{model}: has no value '{FITTED}', so that its resize cannot be compared.")
-    parts = [
-        (rows, run_values(package, [FITTED], images, LEVELS[-1], provider)[FITTED])
-        for rows, images in samples.by_size()
-    ]
-    order = np.argsort(np.concatenate([rows for rows, _ in parts]))
-    pixels: np.ndarray = np.concatenate([found for _, found in parts])[order]
-    return pixels
+    return samples.collect(
+        lambda images: {FITTED: run_values(package, [FITTED], images, LEVELS[-1], provider)[FITTED]}
+    )[FITTED]

@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tldist.distributed import Team
 from tldist.errors import DomainError
+from tldist.features.arrays import Values, as_features
 from tldist.features.moments import Moments, as_rows, gather_moments, moments_of
 
 
@@ -26,13 +28,14 @@ class CrossMoments:
     split: int
 
     @classmethod
-    def from_batch(cls, first: Tensor | np.ndarray, second: Tensor | np.ndarray) -> CrossMoments:
-        """The moments of one batch of pairs, (N, D1) and (N, D2), N >= 1.
+    def from_batch(cls, first: Values, second: Values) -> CrossMoments:
+        """The moments of one batch of pairs, (N, D1) of the source's and (N, D2) of the target's, N >= 1.
 
         Raises:
-            DomainError: they are not equally many.
+            DomainError: they are not equally many, or numbers are not finite.
         """
-        found = cross_moments_of([(first, second)])
+        pairs = as_features(first, "the source's features"), as_features(second, "the target's features")
+        found = cross_moments_of([pairs])
         assert found is not None, "moments of nothing"
         return found
 
@@ -59,6 +62,36 @@ class CrossMoments:
             DomainError: fewer than two pairs.
         """
         return self.joint.covariance[: self.split, self.split :]
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.joint.count
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """float64 (D1,) and (D2,)."""
+        return self.joint.mean[: self.split], self.joint.mean[self.split :]
+
+    @property
+    def scatters(self) -> tuple[Tensor, Tensor, Tensor]:
+        """float64 (D1, D1), (D1, D2), (D2, D2): sums of xx^T, xy^T, yy^T of deviations from the means."""
+        return self.first.scatter, self.cross, self.second.scatter
+
+    def swapped(self) -> CrossMoments:
+        """The moments of the pairs (second, first)."""
+        order = torch.arange(self.joint.width).roll(-self.split).to(self.joint.mean.device)
+        joint = Moments(self.count, self.joint.mean[order], self.joint.scatter[order][:, order])
+        return CrossMoments(joint, self.joint.width - self.split)
+
+    def check_count(self, least: int) -> None:
+        """Refuse fewer pairs than ``least``.
+
+        Raises:
+            DomainError: there are fewer.
+        """
+        if self.count < least:
+            raise DomainError(f"{self.count} pairs, expected at least {least} to fit a map between features.")
 
     def merge(self, other: CrossMoments) -> CrossMoments:
         """The moments of both sets of pairs together."""

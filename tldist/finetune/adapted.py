@@ -22,7 +22,7 @@ from tldist.finetune.adapt import candidate_steps, find_adaptation
 from tldist.finetune.choose import Bench, Trial, check_scorers, settle
 from tldist.finetune.finish import finish, outcome_of
 from tldist.finetune.guards import Guards
-from tldist.finetune.inputs import Inputs, load_inputs, on_the_target
+from tldist.finetune.inputs import Inputs, on_the_target, open_finetune
 from tldist.finetune.job import Job
 from tldist.finetune.learn import learn
 from tldist.finetune.prepare import prepare
@@ -32,7 +32,7 @@ from tldist.finetune.unseal import unseal
 from tldist.models.load import load_bundle, save_bundle
 from tldist.progress import say, warn
 from tldist.recipe import check_same_run, read_yaml
-from tldist.runs import BUNDLE, INPUTS, RECIPE, Outcome, RunFolder, open_run, recorded
+from tldist.runs import BUNDLE, INPUTS, RECIPE, Outcome, RunFolder, recorded
 from tldist.training.batchnorm import batchnorm_layers, reestimate
 from tldist.training.checkpoint import Checkpoint, list_checkpoints
 from tldist.training.ledger import LEDGER, Ledger
@@ -99,10 +99,7 @@ def adapt(recipe: FinetuneRecipe, team: Team, finetune: Finetune) -> Outcome:
     assert recipe.adapt.method is not None
     find_adaptation(recipe.adapt.method)  # a wrong name is said now, not after source-only
     check_scorers(recipe.adapt.scorers)
-    inputs = load_inputs(recipe)
-    fingerprints = inputs.fingerprints()
-    team.agree(recipe, fingerprints)
-    folder = team.on_main(lambda: open_run("finetune", recipe.out, recipe, fingerprints))
+    inputs, folder = open_finetune(recipe, team)
     if folder.finished:
         return outcome_of(folder, f"{folder.path} is finished already.")
     with recorded(folder, team.is_main), stop_on_signals() as stop:

@@ -9,12 +9,14 @@ import torch
 
 from tldist.bundle import Task, read_bundle
 from tldist.data.order import seed_of
+from tldist.distributed import Team
 from tldist.domain import Domain, open_domain
 from tldist.errors import DomainError, RecipeError
 from tldist.files import sha256_text
 from tldist.finetune.domains import split_domains
 from tldist.finetune.recipe import FinetuneRecipe
 from tldist.models.load import Start, hash_tensors, names_folder, start_model
+from tldist.runs import RunFolder, open_run
 from tldist.runtime.preprocess import Preprocessing
 
 
@@ -50,6 +52,14 @@ class Inputs:
             "model": hash_tensors(self.start.model.state_dict()),
             **target,
         }
+
+
+def open_finetune(recipe: FinetuneRecipe, team: Team) -> tuple[Inputs, RunFolder]:
+    """The inputs, the same on all processes, and the run's folder; called by all of them together."""
+    inputs = load_inputs(recipe)
+    fingerprints = inputs.fingerprints()
+    team.agree(recipe, fingerprints)
+    return inputs, team.on_main(lambda: open_run("finetune", recipe.out, recipe, fingerprints))
 
 
 def load_inputs(recipe: FinetuneRecipe) -> Inputs:

@@ -9,11 +9,11 @@ from tldist import distributed
 from tldist.distributed import Team
 from tldist.finetune.adapted import adapt
 from tldist.finetune.finish import finish, outcome_of
-from tldist.finetune.inputs import load_inputs
+from tldist.finetune.inputs import open_finetune
 from tldist.finetune.learn import learn
 from tldist.finetune.prepare import prepare
 from tldist.finetune.recipe import FinetuneRecipe
-from tldist.runs import Outcome, open_run, recorded
+from tldist.runs import Outcome, recorded
 from tldist.training.signals import stop_on_signals
 from tldist.training.threads import own_threads
 from tldist.training.track import Journal
@@ -31,10 +31,7 @@ def run(recipe: FinetuneRecipe) -> Outcome:
 
 
 def _finetune(recipe: FinetuneRecipe, team: Team) -> Outcome:
-    inputs = load_inputs(recipe)
-    fingerprints = inputs.fingerprints()
-    team.agree(recipe, fingerprints)
-    folder = team.on_main(lambda: open_run("finetune", recipe.out, recipe, fingerprints))
+    inputs, folder = open_finetune(recipe, team)
     if folder.finished:
         return outcome_of(folder, f"{folder.path} is finished already.")
     journal = Journal(folder, recipe.track or (), recipe.model_dump(mode="json"), team)

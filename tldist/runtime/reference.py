@@ -8,7 +8,7 @@ With them a package can be checked where it serves, without torch. One safetenso
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +20,10 @@ from tldist.errors import PackageError
 
 EXTREMES = ("black", "white", "noise")
 """Groups of images that no camera takes."""
+SLACK = 8.0
+"""A tolerance is widened to this multiple of PyTorch's own float32 error, where that is larger: two correct
+float32 implementations are each off by about that much, and the largest error seen varies from one to the
+other (up to 6 times was seen on chaotic, untrained networks)."""
 MOST_STORED = 16
 """Pictures of each group that a package carries, whatever was compared when it was made."""
 
@@ -53,6 +57,14 @@ class Samples:
     def group_of(self) -> np.ndarray:
         """(len,) of text: the group of each image."""
         return np.repeat([name for name, _ in self.groups], [count for _, count in self.groups])
+
+    def collect(self, run: Callable[[np.ndarray], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """What ``run`` gives for images of one size, for all of them: by name, rows back in their places."""
+        parts = [(rows, run(images)) for rows, images in self.by_size()]
+        if not parts:
+            return {}
+        order = np.argsort(np.concatenate([rows for rows, _ in parts]))
+        return {name: np.concatenate([found[name] for _, found in parts])[order] for name in parts[0][1]}
 
     def by_size(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows (n,) and images (n, H, W, 3) of each size: what can run together."""
@@ -125,6 +137,14 @@ class Reference:
     def _answers(self) -> tuple[dict[str, np.ndarray], ...]:
         """In the order of the fields."""
         return self.expected, self.referee, self.exported, self.fitted
+
+
+def largest_error(expected: np.ndarray, found: np.ndarray) -> float:
+    """The largest difference of two arrays, computed in float64; NaN or infinite where a value is, infinite
+    where their shapes differ."""
+    if expected.shape != found.shape:
+        return float("inf")
+    return float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
 
 
 def thin(reference: Reference, most: int = MOST_STORED) -> Reference:

@@ -9,14 +9,11 @@ from typing import Any
 import numpy as np
 
 from tldist.errors import PackageError
-from tldist.runtime.reference import EXTREMES, Reference
+from tldist.runtime.reference import EXTREMES, SLACK, Reference, largest_error
 from tldist.runtime.session import LOGITS, PROBABILITIES, Session
 
 SAMPLES = 4
 """Stored images that a self-test runs: one of each group, then more of the first one, which are pictures."""
-SLACK = 8.0
-"""Multiple of PyTorch's own float32 error that is always allowed: two correct implementations are each off by
-about that much."""
 
 
 def find_problems(
@@ -50,14 +47,15 @@ def find_problems(
         )
     rows = _choose(reference, samples)
     chosen = reference.take(rows)
-    found = run_samples(session, chosen)
+    found = chosen.samples.collect(session.run)
     groups, of_all = chosen.samples.group_of, reference.samples.group_of
     problems = []
     for name in session.outputs:
         for group in dict.fromkeys(groups.tolist()):
             part = Part(reference, name, of_all == group, tolerances, temperature)
             limit = np.inf if group in EXTREMES and tolerances.get("extremes") == "reported" else part.limit
-            error = _error(stored[name][rows][groups == group], found[name][groups == group]) / part.magnitude
+            expected, answered = stored[name][rows][groups == group], found[name][groups == group]
+            error = largest_error(expected, answered) / part.magnitude
             if not (np.isfinite(error) and error <= limit):
                 problems.append(
                     f"output '{name}' is off by {error:.1e} of its largest value on {group} samples, "
@@ -105,22 +103,7 @@ class Part:
         if self.name not in others:
             return 0.0
         expected = self.reference.expected[self.name]
-        return _error(others[self.name][self.rows], expected[self.rows]) / self.magnitude
-
-
-def run_samples(session: Session, reference: Reference) -> dict[str, np.ndarray]:
-    """What a session answers to stored images, those of one size together: float32 (N, D), by output.
-
-    Raises:
-        PackageError: the graph does not take images of their size.
-    """
-    found = {
-        name: np.empty((len(reference.samples), width), np.float32) for name, width in session.outputs.items()
-    }
-    for rows, images in reference.samples.by_size():
-        for name, values in session.run(images).items():
-            found[name][rows] = values
-    return found
+        return largest_error(others[self.name][self.rows], expected[self.rows]) / self.magnitude
 
 
 def _choose(reference: Reference, samples: int | None) -> np.ndarray:
@@ -131,13 +114,6 @@ def _choose(reference: Reference, samples: int | None) -> np.ndarray:
     _, first = np.unique(groups, return_index=True)
     order = dict.fromkeys([*sorted(first.tolist()), *range(len(groups))])
     return np.array(sorted(list(order)[:samples]))
-
-
-def _error(expected: np.ndarray, found: np.ndarray) -> float:
-    """The largest difference, computed in float64; NaN or infinite where a value is."""
-    if expected.shape != found.shape:
-        return float("inf")
-    return float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
 
 
 def explain(problems: list[str], session: Session) -> str:

@@ -12,10 +12,11 @@ from sklearn.cross_decomposition import CCA
 from sklearn.linear_model import Ridge
 
 from tldist.errors import DomainError, RecipeError
+from tldist.features.cross_moments import CrossMoments
 from tldist.features.heterogeneous.anchors import class_means, pair_anchors
 from tldist.features.heterogeneous.cca import fit_cca
+from tldist.features.heterogeneous.maps import Into
 from tldist.features.heterogeneous.methods import CCA_POWER, CCA_RIDGE, METHODS, fit_pairs
-from tldist.features.heterogeneous.paired import Into, PairedMoments
 from tldist.features.heterogeneous.procrustes import fit_procrustes
 from tldist.features.heterogeneous.ridge import GRID, fit_ridge, gcv_errors
 
@@ -29,8 +30,8 @@ def paired(n: int, source: int, target: int, seed: int, noise: float = 0.5) -> t
     return x, y
 
 
-def of(x: np.ndarray, y: np.ndarray) -> PairedMoments:
-    return PairedMoments.from_batch(x, y)
+def of(x: np.ndarray, y: np.ndarray) -> CrossMoments:
+    return CrossMoments.from_batch(x, y)
 
 
 SHAPES = [(60, 5, 5), (60, 4, 9), (60, 9, 4), (8, 12, 6), (8, 6, 12)]

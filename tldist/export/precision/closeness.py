@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tldist.export.compare import relative_error, smallest_cosine
+from tldist.export.groups import relative_error, smallest_cosine
 from tldist.runtime.package import LOGITS
 
 TIE = 1e-4

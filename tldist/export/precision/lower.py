@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from tldist.errors import MachineError, ModelError, RecipeError
+from tldist.export.natural import extreme_images
 from tldist.export.precision.exclude import within_budget
 from tldist.export.precision.fallback import find_half
 from tldist.export.precision.graphs import is_whole, with_names
@@ -21,7 +22,6 @@ from tldist.export.precision.quantize import Plan, calibrate, quantizable, quant
 from tldist.export.precision.running import observe
 from tldist.export.precision.steps import GAIN, Judge, Recorder, Step, ratio, unmeasured
 from tldist.export.profile import Profile
-from tldist.export.samples import extreme_images
 from tldist.progress import say, warn
 from tldist.runtime.session import CPU
 

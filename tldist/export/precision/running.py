@@ -5,29 +5,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
-import onnxruntime
 
-from tldist.errors import MachineError
 from tldist.export.precision.graphs import copy_of
+from tldist.runtime.provider import Settings, create_session
 from tldist.runtime.session import CPU
 
-LEVELS = {
-    "disable": "ORT_DISABLE_ALL",
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "all": "ORT_ENABLE_ALL",
-}
-"""What ONNX Runtime does to a graph when it loads it."""
+LEVELS: dict[str, Literal["none", "basic", "extended", "all"]] = {
+    "disable": "none", "basic": "basic", "extended": "extended", "all": "all",
+}  # fmt: skip
+"""What ONNX Runtime does to a graph when it loads it: as steps call it, and as the runtime does."""
 BATCHES = (1, 32)
 """Images at once, whose latency is measured."""
 Latency = dict[str, float]
 """Median milliseconds, by batch size."""
 
-_SILENT = 4
 _ROUNDS = 7
 _SECONDS = 4.0
 _SPAN = 0.01
@@ -49,23 +44,8 @@ def open_proto(
     Raises:
         MachineError: the execution provider does not load it.
     """
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = _SILENT
-    settings.intra_op_num_threads = threads
-    settings.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVELS[level])
-    chosen = (provider, dict(options)) if options else provider
-    try:
-        session = onnxruntime.InferenceSession(
-            proto.SerializeToString(), settings, providers=[chosen], enable_fallback=0
-        )
-    except Exception as error:  # ONNX Runtime's own classes have no common base
-        reason = " ".join(str(error).split())[:300]
-        raise MachineError(
-            f"the execution provider '{provider}' does not load the graph: {reason}"
-        ) from error
-    if session.get_providers()[0] != provider:
-        raise MachineError(f"the execution provider '{provider}' does not run here.")
-    return session
+    how = Settings(threads=threads, optimization=LEVELS[level])
+    return create_session(proto.SerializeToString(), provider, dict(options or {}), how)
 
 
 def run(session: Any, images: np.ndarray, batch: int = 16) -> dict[str, np.ndarray]:

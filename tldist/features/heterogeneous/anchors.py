@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tldist.errors import DomainError
 from tldist.features.arrays import Values, as_features, as_labels
-from tldist.features.heterogeneous.paired import PairedMoments
+from tldist.features.cross_moments import CrossMoments
 
 
 def class_means(features: Values, labels: Values) -> dict[int, Tensor]:
@@ -24,7 +24,7 @@ def class_means(features: Values, labels: Values) -> dict[int, Tensor]:
 
 def pair_anchors(
     source: Values, source_labels: Values, target: Values, target_labels: Values
-) -> PairedMoments:
+) -> CrossMoments:
     """The moments of pairs of a labelled target sample and the mean of its class in the source.
 
     Reads the target's labels; a few images of each class are enough. A ridge regression on them
@@ -48,4 +48,4 @@ def pair_anchors(
             f"{len(shared)} classes have images in both domains, expected at least 2: class means are all "
             f"that the two models' features are tied by."
         )
-    return PairedMoments.from_batch(torch.stack([means[places[row]] for row in rows]), values[rows])
+    return CrossMoments.from_batch(torch.stack([means[places[row]] for row in rows]), values[rows])

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from tldist.errors import RecipeError
-from tldist.features.heterogeneous.paired import Maps, PairedMoments, affine
+from tldist.features.cross_moments import CrossMoments
+from tldist.features.heterogeneous.maps import Maps, affine
 
 
 def fit_cca(
-    pairs: PairedMoments, *, dimensions: int | None = None, ridge: float = 0.0, power: float = 0.0
+    pairs: CrossMoments, *, dimensions: int | None = None, ridge: float = 0.0, power: float = 0.0
 ) -> Maps:
     """Pairs of directions of largest correlation: source and target each get a map into them.
 

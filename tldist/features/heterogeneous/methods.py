@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from tldist.errors import DomainError
 from tldist.features.arrays import Values
+from tldist.features.cross_moments import CrossMoments
 from tldist.features.heterogeneous.cca import fit_cca
-from tldist.features.heterogeneous.paired import Into, Maps, PairedMoments
+from tldist.features.heterogeneous.maps import Into, Maps
 from tldist.features.heterogeneous.procrustes import fit_procrustes
 from tldist.features.heterogeneous.ridge import fit_ridge
 from tldist.methods import find_method
@@ -27,28 +29,28 @@ class PairMethod:
             the means of their classes: `tldist.features.heterogeneous.anchors.pair_anchors`).
     """
 
-    fit: Callable[[PairedMoments, float | None, Into], Maps]
+    fit: Callable[[CrossMoments, float | None, Into], Maps]
     ridge: float | None = None
     uses_ridge: bool = True
     uses_into: bool = True
     pairs_are: Literal["samples", "anchors"] = "samples"
 
 
-def _ridge(pairs: PairedMoments, ridge: float | None, into: Into) -> Maps:
+def _ridge(pairs: CrossMoments, ridge: float | None, into: Into) -> Maps:
     return fit_ridge(pairs, ridge, into=into)
 
 
-def _procrustes(pairs: PairedMoments, ridge: float | None, into: Into) -> Maps:
+def _procrustes(pairs: CrossMoments, ridge: float | None, into: Into) -> Maps:
     del ridge  # an isometry has nothing to shrink
     return fit_procrustes(pairs, into=into)
 
 
-def _cca(pairs: PairedMoments, ridge: float | None, into: Into) -> Maps:
+def _cca(pairs: CrossMoments, ridge: float | None, into: Into) -> Maps:
     del into  # both sides are mapped
     return fit_cca(pairs, ridge=CCA_RIDGE if ridge is None else ridge, power=CCA_POWER)
 
 
-def _anchors(pairs: PairedMoments, ridge: float | None, into: Into) -> Maps:
+def _anchors(pairs: CrossMoments, ridge: float | None, into: Into) -> Maps:
     del into  # the source's means are the answers of the regression
     return fit_ridge(pairs, ridge, into="source")
 
@@ -87,5 +89,7 @@ def fit_pairs(
         DomainError: too few pairs, or rows that do not match.
     """
     found = find_method(method, METHODS, PairMethod)
-    pairs = PairedMoments.from_batch(source, target)
+    if len(source) != len(target):
+        raise DomainError(f"{len(source)} source and {len(target)} target rows: pairs need one of each.")
+    pairs = CrossMoments.from_batch(source, target)
     return found.fit(pairs, found.ridge if ridge is None else ridge, into)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from tldist.features.heterogeneous.paired import Into, Maps, PairedMoments, one_way
+from tldist.features.cross_moments import CrossMoments
+from tldist.features.heterogeneous.maps import Into, Maps, one_way
 
 
-def fit_procrustes(pairs: PairedMoments, *, scaling: bool = True, into: Into = "source") -> Maps:
+def fit_procrustes(pairs: CrossMoments, *, scaling: bool = True, into: Into = "source") -> Maps:
     """The orthogonal map (with one scale) under which one model's features lie nearest to the other's.
 
     Schönemann (1966): with ``X^T Y = U S V^T`` of centred pairs, ``R = U V^T``. For other widths R is

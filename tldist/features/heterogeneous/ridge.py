@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tldist.features.heterogeneous.paired import Into, Maps, PairedMoments, one_way
+from tldist.features.cross_moments import CrossMoments
+from tldist.features.heterogeneous.maps import Into, Maps, one_way
 
 GRID = tuple(float(value) for value in torch.logspace(-8, 3, 45, dtype=torch.float64))
 """Ridges that are tried: multiples of the mean variance of what is mapped."""
 
 
-def fit_ridge(pairs: PairedMoments, ridge: float | None = None, *, into: Into = "source") -> Maps:
+def fit_ridge(pairs: CrossMoments, ridge: float | None = None, *, into: Into = "source") -> Maps:
     """One linear layer from one model's features to the other's, in closed form.
 
     Minimises ``|XW + b - Y|^2 + l |W|^2`` (Hoerl and Kennard, 1970; b is free) from the moments of the
@@ -51,7 +52,7 @@ def fit_ridge(pairs: PairedMoments, ridge: float | None = None, *, into: Into = 
     return one_way(weight, pairs, into, details)
 
 
-def gcv_errors(pairs: PairedMoments, ridges: tuple[float, ...]) -> list[float]:
+def gcv_errors(pairs: CrossMoments, ridges: tuple[float, ...]) -> list[float]:
     """The generalised cross-validation error of each ridge: mean over pairs, summed over dimensions.
 
     ``(RSS / N) / (1 - df / N)^2``: Golub, Heath and Wahba (1979), eq. 1.4, with the trace of the hat matrix
@@ -73,7 +74,7 @@ def gcv_errors(pairs: PairedMoments, ridges: tuple[float, ...]) -> list[float]:
     return errors
 
 
-def _decompose(pairs: PairedMoments) -> tuple[Tensor, Tensor, Tensor]:
+def _decompose(pairs: CrossMoments) -> tuple[Tensor, Tensor, Tensor]:
     """Eigenvalues (D,) and eigenvectors (D, D) of x's scatter; the cross-scatter in these axes."""
     of_x, cross, _ = pairs.scatters
     values, vectors = torch.linalg.eigh(of_x)
